@@ -1,0 +1,327 @@
+"""Batched sampling on the device, for rows that each have their own parameters.
+
+    logits [R, V] -- penalties -- biases, masks -- temperature -- min_p -- top_k -- top_p -- one token per row
+
+Random rows are drawn by inverting the cumulative distribution at ONE uniform number per row. That number is a hash of
+(the request's seed, the index of the token), made on the host, so what a request draws depends neither on the batch
+around it nor on the device. The inversion goes in two levels (blocks of 256 tokens, then inside one block), so the
+probabilities are read once and are never sorted.
+
+min_p, top_k and top_p all become one threshold on the logits per row; tokens of equal logit share their fate, whatever
+their order. The thresholds come from a `topk` prefix; a row is sorted in full only if its prefix holds too little mass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .logits import NEGATIVE_INFINITY, PenaltyPool, SamplingState, apply_token_rules
+
+PREFIX = 1024
+"""Largest tokens looked at first where a row asks for top_p and no (or a larger) top_k."""
+_BLOCK = 256
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def counter_uniform(seeds: npt.NDArray[np.uint64], steps: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) with 40 random bits, a pure function of (seed, step), elementwise.
+
+    The output function is SplitMix64 (Steele, Lea, Flood 2014, figure 15), applied to the seed and then to the step.
+    """
+    with np.errstate(over="ignore"):
+        state = _mix(seeds + _STEP)
+        bits = _mix(state + (steps + np.uint64(1)) * _STEP)
+    return (bits >> np.uint64(24)).astype(np.float64) * 2.0**-40
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """A 64-bit seed for child `index` of `seed`: requests of one LLM, samples of one request."""
+    with np.errstate(over="ignore"):
+        mixed = _mix(np.array([seed % 2**64], dtype=np.uint64) + _STEP)
+        mixed = _mix(mixed ^ (np.array([index % 2**64], dtype=np.uint64) * _MIX_1 + _STEP))
+    return int(mixed[0])
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities of n rows on the host, of the model's own distribution (before penalties and temperature)."""
+
+    top_ids: npt.NDArray[np.int64]
+    """[n, k] the k most likely tokens, most likely first; k may be 0."""
+    top_logprobs: npt.NDArray[np.float32]
+    """[n, k]"""
+    logprobs: npt.NDArray[np.float32]
+    """[n] of the chosen token."""
+    ranks: npt.NDArray[np.int64]
+    """[n] rank of the chosen token, 1 = most likely."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerOutput:
+    """One sampled token per row; -1 where a row has no finite logit left (NaN, or everything masked)."""
+
+    tokens: npt.NDArray[np.int64]
+    logprobs: TokenLogprobs | None
+    logprob_index: dict[int, int]
+    """Row -> index into `logprobs`, for the rows that asked."""
+
+
+@dataclass(slots=True)
+class PendingSample:
+    """A sample whose tensors may still be under way on the device."""
+
+    tokens: torch.Tensor
+    """[R] int64 on the device: the next step may read it before the host does."""
+    logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
+    logprob_index: dict[int, int]
+
+    def result(self) -> SamplerOutput:
+        """Waits for the device and copies to the host."""
+        return SamplerOutput(self.tokens.cpu().numpy(), _to_host(self.logprobs), self.logprob_index)
+
+
+def _to_host(parts: tuple[torch.Tensor, ...] | None) -> TokenLogprobs | None:
+    if parts is None:
+        return None
+    top_ids, top_logprobs, logprobs, ranks = (part.cpu().numpy() for part in parts)
+    return TokenLogprobs(top_ids, top_logprobs, logprobs, ranks)
+
+
+class _Plan:
+    """What one composition of the batch needs; kept until the composition changes."""
+
+    def __init__(self, states: Sequence[SamplingState], vocab_size: int, device: torch.device) -> None:
+        self.states = list(states)
+        self.penalised = [i for i, s in enumerate(states) if s.penalised]
+        self.ruled = [i for i, s in enumerate(states) if s.ruled]
+        self.logprob_rows = [i for i, s in enumerate(states) if s.params.logprobs is not None]
+        self.logprob_index = {row: n for n, row in enumerate(self.logprob_rows)}
+        self.num_top = max((states[i].params.logprobs or 0 for i in self.logprob_rows), default=0)
+        self.random = [i for i, s in enumerate(states) if not s.greedy]
+        self.greedy = [i for i, s in enumerate(states) if s.greedy]
+        drawn = [states[i] for i in self.random]
+        self.drawn = drawn
+        self.seeds = np.array([s.seed for s in drawn], dtype=np.uint64)
+
+        def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(device)[:, None]
+
+        temperatures = [s.params.temperature for s in drawn]
+        self.temperature = None if all(t == 1.0 for t in temperatures) else column(temperatures)
+        min_ps = [s.params.min_p for s in drawn]
+        self.log_min_p = column([math.log(p) if p > 0 else NEGATIVE_INFINITY for p in min_ps]) if any(min_ps) else None
+        ks = [s.params.top_k if 0 < s.params.top_k < vocab_size else vocab_size for s in drawn]
+        ps = [s.params.top_p if s.params.top_p < 1.0 else math.inf for s in drawn]
+        self.cut = [i for i, (k, p) in enumerate(zip(ks, ps)) if k < vocab_size or p < 1.0]
+        self.cut_k = column([ks[i] for i in self.cut], torch.int64)
+        self.cut_p = column([ps[i] for i in self.cut], torch.float64)
+        self.any_p = any(ps[i] < 1.0 for i in self.cut)
+        self.any_unlimited = any(ks[i] == vocab_size for i in self.cut)
+        widths = [ks[i] if ks[i] < vocab_size else PREFIX for i in self.cut]
+        self.cut_width = min(max(widths, default=0), vocab_size)
+
+
+class Sampler:
+    """Samples one token per row of logits, each row under its own request's parameters."""
+
+    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self.penalties = PenaltyPool(vocab_size, self.device)
+        self._plan: _Plan | None = None
+
+    def release(self, state: SamplingState) -> None:
+        """Frees what the sampler holds for a request that has ended."""
+        self.penalties.release(state)
+        self._plan = None
+
+    def sample(self, logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
+        """`launch(...).result()`: samples and waits."""
+        return self.launch(logits_RV, states).result()
+
+    @torch.inference_mode()
+    def launch(self, logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> PendingSample:
+        """Samples a token for every row; the logits are consumed (their memory may be overwritten).
+
+        Args:
+            logits_RV: [R, V] float32 on the sampler's device, as the model gave them.
+            states: one per row.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        if logits_RV.shape != (len(states), self.vocab_size):
+            raise ValueError(
+                f"logits have shape {tuple(logits_RV.shape)}; {len(states)} requests over a vocabulary of "
+                f"{self.vocab_size} tokens need ({len(states)}, {self.vocab_size})"
+            )
+        plan = self._plan
+        if plan is None or plan.states != states:
+            plan = self._plan = _Plan(states, self.vocab_size, self.device)
+        raw = self._rows(logits_RV, plan.logprob_rows).clone() if plan.logprob_rows else None
+        if plan.penalised:
+            penalised = [plan.states[i] for i in plan.penalised]
+            self.penalties.update(penalised)
+            index = torch.tensor(plan.penalised, device=self.device)
+            logits_RV.index_copy_(0, index, self.penalties.apply(logits_RV.index_select(0, index), penalised))
+        if plan.ruled:
+            apply_token_rules(logits_RV, plan.ruled, [plan.states[i] for i in plan.ruled])
+        tokens = self._choose(logits_RV, plan)
+        logprobs = None
+        if raw is not None:
+            chosen = self._rows(tokens, plan.logprob_rows).clamp(min=0)
+            logprobs = token_logprobs(raw, chosen, plan.num_top)
+        return PendingSample(tokens, logprobs, plan.logprob_index)
+
+    def _rows(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        """The given rows of `x`; `x` itself where these are all."""
+        return x if len(rows) == x.shape[0] else x.index_select(0, torch.tensor(rows, device=x.device))
+
+    def _choose(self, logits_RV: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        if not plan.random:
+            return greedy_tokens(logits_RV)
+        if not plan.greedy:
+            return self._draw(logits_RV, plan)
+        tokens = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
+        greedy = torch.tensor(plan.greedy, device=logits_RV.device)
+        random = torch.tensor(plan.random, device=logits_RV.device)
+        tokens[greedy] = greedy_tokens(logits_RV.index_select(0, greedy))
+        tokens[random] = self._draw(logits_RV.index_select(0, random), plan)
+        return tokens
+
+    def _draw(self, x_NV: torch.Tensor, plan: _Plan) -> torch.Tensor:
+        """Tokens for the random rows; overwrites `x_NV`."""
+        if plan.temperature is not None:
+            x_NV.div_(plan.temperature)
+        low = None
+        if plan.log_min_p is not None:
+            low = x_NV.amax(-1, keepdim=True) + plan.log_min_p
+        if plan.cut:
+            everything = len(plan.cut) == x_NV.shape[0]
+            rows = torch.tensor(plan.cut, device=x_NV.device)
+            x_CV = x_NV if everything else x_NV.index_select(0, rows)
+            low_C = None if low is None else (low if everything else low.index_select(0, rows))
+            cut = _threshold(x_CV, low_C, plan.cut_k, plan.cut_p if plan.any_p else None, plan.cut_width,
+                             plan.any_unlimited)  # fmt: skip
+            if everything:
+                low = cut
+            else:
+                low = x_NV.new_full((x_NV.shape[0], 1), NEGATIVE_INFINITY) if low is None else low
+                low.index_copy_(0, rows, cut)
+        if low is not None:
+            x_NV.masked_fill_(x_NV < low, NEGATIVE_INFINITY)
+        steps = np.array([len(s.output_token_ids) for s in plan.drawn], dtype=np.uint64)
+        uniform = torch.from_numpy(counter_uniform(plan.seeds, steps)).to(x_NV.device)
+        return invert_cumulative(x_NV.softmax(-1), uniform)
+
+
+def greedy_tokens(logits_RV: torch.Tensor) -> torch.Tensor:
+    """[R] int64: the most likely token of each row (the lowest id among equals), -1 where the maximum is not finite."""
+    best = logits_RV.max(-1)
+    return torch.where(best.values.isfinite(), best.indices, -1)
+
+
+def _threshold(
+    x_NV: torch.Tensor,
+    low: torch.Tensor | None,
+    k: torch.Tensor,
+    p: torch.Tensor | None,
+    width: int,
+    any_unlimited: bool,
+) -> torch.Tensor:
+    """[N, 1] smallest logit that survives `low` (min_p), then top_k, then top_p.
+
+    Args:
+        low: [N, 1] least logit allowed so far, or None.
+        k: [N, 1] int64, V where off.
+        p: [N, 1] float64, infinite where off; None where no row asks.
+        width: how many of the largest logits to look at; at least every k that is below V.
+        any_unlimited: whether some row has k = V.
+    """
+    vocab_size = x_NV.shape[1]
+    full = width >= vocab_size
+    top = x_NV.sort(-1, descending=True).values if full else x_NV.topk(width, -1).values
+    alive = torch.arange(top.shape[1], device=x_NV.device)[None] < k
+    if low is not None:
+        alive &= top >= low
+    uncovered = None
+    if p is not None:
+        weight = (top - top[:, :1]).double().exp_().masked_fill_(~alive, 0.0)
+        running = weight.cumsum(-1)
+        total = running[:, -1:]
+        if any_unlimited and not full:
+            survivors = x_NV if low is None else x_NV.masked_fill(x_NV < low, NEGATIVE_INFINITY)
+            mass = (survivors.logsumexp(-1, keepdim=True) - top[:, :1]).double().exp_()
+            total = torch.where(k >= vocab_size, mass, total)
+            uncovered = (alive[:, -1:] & (k >= vocab_size) & p.isfinite() & (running[:, -1:] < p * total))[:, 0]
+        alive &= running - weight < p * total
+    kept = alive.sum(-1, keepdim=True).clamp_(min=1)
+    threshold = top.gather(-1, kept - 1)
+    if uncovered is not None and bool(uncovered.any()):
+        rows = uncovered.nonzero()[:, 0]
+        rest = _threshold(x_NV[rows], None if low is None else low[rows], k[rows], p[rows] if p is not None else None,
+                          vocab_size, True)  # fmt: skip
+        threshold.index_copy_(0, rows, rest)
+    return threshold
+
+
+def invert_cumulative(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
+    """[N] int64: the token at which each row's cumulative sum first exceeds `uniform` times its total.
+
+    Args:
+        probs_NV: [N, V] float32 weights, not negative, need not sum to one.
+        uniform_N: [N] float64 in [0, 1).
+
+    A token of weight zero is never chosen; a row whose weights are not finite or all zero gives -1.
+    """
+    num_rows, vocab_size = probs_NV.shape
+    split = vocab_size - vocab_size % _BLOCK
+    sums = probs_NV[:, :split].unflatten(1, (-1, _BLOCK)).sum(-1) if split else probs_NV[:, :0]
+    if split < vocab_size:
+        sums = torch.cat([sums, probs_NV[:, split:].sum(-1, keepdim=True)], 1)
+    cumulative = sums.double().cumsum(-1)
+    total = cumulative[:, -1:]
+    target = uniform_N[:, None] * total
+    block = (cumulative <= target).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    index = block * _BLOCK + torch.arange(_BLOCK, device=probs_NV.device)
+    inside = probs_NV.gather(1, index.clamp(max=vocab_size - 1)).double().masked_fill_(index >= vocab_size, 0.0)
+    inside = inside.cumsum(-1)
+    # The two levels round differently: stay strictly below the block's own total, so that a token is always found.
+    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 2.0**-40))
+    token = block * _BLOCK + (inside <= rest).sum(-1, keepdim=True)
+    valid = total.isfinite() & (total > 0)
+    return torch.where(valid, token, -1)[:, 0]
+
+
+def token_logprobs(
+    logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Top tokens [N, k], their log-probabilities [N, k], and log-probability [N] and rank [N] of the given tokens."""
+    normaliser = logits_NV.logsumexp(-1, keepdim=True)
+    chosen = logits_NV.gather(1, tokens_N[:, None])
+    ranks = (logits_NV > chosen).sum(-1) + 1
+    top = logits_NV.topk(min(num_top, logits_NV.shape[1]), -1)
+    return top.indices, top.values - normaliser, (chosen - normaliser)[:, 0], ranks
+
+
+def prompt_token_logprobs(logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int) -> TokenLogprobs:
+    """Log-probabilities, on the host, of the prompt tokens that follow each row's position."""
+    index = torch.tensor(tokens, dtype=torch.int64, device=logits_NV.device)
+    result = _to_host(token_logprobs(logits_NV, index, num_top))
+    assert result is not None
+    return result
