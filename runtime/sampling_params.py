@@ -114,7 +114,7 @@ class SamplingParams:
     def _normalise_texts(self) -> None:
         object.__setattr__(self, "stop", _texts("stop", (self.stop,) if isinstance(self.stop, str) else self.stop))
         if isinstance(self.bad_words, str):
-            raise ValueError(f"bad_words is the string {self.bad_words!r}; allowed: a sequence of strings; put it in a list")
+            raise ValueError(f"bad_words is {self.bad_words!r}; allowed: a sequence of strings; put it in a list")
         object.__setattr__(self, "bad_words", _texts("bad_words", self.bad_words))
         if self.stop and not self.detokenize:
             raise ValueError(

@@ -314,10 +314,22 @@ class Scheduler:
         self._check_result(plan, sampled)
         self._outstanding = None
         updates: list[RequestUpdate] = []
+        make = RequestUpdate._make
         any_finished = False
         for (request, start, num_tokens, num_drafts, _, samples), tokens in zip(plan.scheduled, sampled):
             if request.status is not _RUNNING:
                 continue
+            if num_tokens == 1 and len(tokens) == 1 and not request.prefilling:
+                # The common case, and a quick one: a decoded token that ends nothing.
+                token, all_tokens = tokens[0], request.all_token_ids
+                if token not in request.stop_ids and len(all_tokens) + 1 < request.max_total_tokens:
+                    request.output_token_ids.append(token)
+                    all_tokens.append(token)
+                    updates.append(make((request, [token], False)))
+                    request.num_computed_tokens = num_computed = start + 1
+                    if num_computed >= request.kv_next_event:
+                        self.kv.advance(request)
+                    continue
             num_computed = start + num_tokens - num_drafts
             if samples:
                 new_tokens = request.append_output(tokens)
@@ -349,7 +361,7 @@ class Scheduler:
                 f"sampled has {len(sampled)} entries for {len(plan.scheduled)} scheduled requests; allowed: one each"
             )
         for row, tokens in zip(plan.scheduled, sampled):
-            if (len(tokens) > 0) is not row[5] and row[0].status is _RUNNING:
+            if (len(tokens) == 0) is row[5] and row[0].status is _RUNNING:
                 raise ValueError(
                     f"request {row.request.request_id!r} got {len(tokens)} sampled tokens in step {plan.step_id} and "
                     f"its plan says samples={row.samples}; allowed: at least one if it samples, else none"
