@@ -22,7 +22,12 @@ def test_defaults_sample_freely() -> None:
 
 def test_sequences_are_normalised() -> None:
     params = SamplingParams(
-        stop="END", stop_token_ids=[3, 4], bad_words=["x"], bad_token_ids=[[1, 2], [3]], allowed_token_ids=range(3), top_k=-1
+        stop="END",
+        stop_token_ids=[3, 4],
+        bad_words=["x"],
+        bad_token_ids=[[1, 2], [3]],
+        allowed_token_ids=range(3),
+        top_k=-1,
     )
     assert params.stop == ("END",)
     assert params.stop_token_ids == (3, 4)
