@@ -62,7 +62,7 @@ class SchedulerConfig:
 class ScheduledRequest(NamedTuple):
     """One request's part of a step: positions start .. start + num_tokens - 1, immutable.
 
-    (A named tuple rather than a frozen dataclass: a thousand are made per step, and making one takes a quarter of the time.)
+    (A named tuple rather than a frozen dataclass: a thousand are made per step, in a quarter of the time.)
     """
 
     request: Request

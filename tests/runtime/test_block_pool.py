@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from camshaft.runtime.block_pool import BlockPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from camshaft.runtime.block_pool import BlockPool
 
 
 def test_ids_come_in_order_and_the_last_released_first() -> None:

@@ -7,7 +7,6 @@ import re
 from typing import Any
 
 import pytest
-
 from camshaft.runtime.sampling_params import MAX_SEED, SamplingParams
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-
 from camshaft.runtime.kv_cache import CacheGroup
 from camshaft.runtime.request import NULL_BLOCK, FinishReason, Request, RequestStatus
 from camshaft.runtime.sampling_params import SamplingParams
@@ -229,7 +228,8 @@ def test_a_preempted_request_goes_before_those_that_never_ran() -> None:
 def test_a_request_that_needs_a_block_may_be_its_own_victim() -> None:
     """b's two blocks are full and stay cached, so that nothing but its last token is computed when it comes back."""
     scheduler = make(num_blocks=4)
-    a, b = add(scheduler, "a", 6, max_tokens=2), add(scheduler, "b", 8, max_tokens=4)
+    a = add(scheduler, "a", 6, max_tokens=2)
+    add(scheduler, "b", 8, max_tokens=4)
     assert step(scheduler)[0] == [("a", 0, 6), ("b", 0, 8)]
     plan = scheduler.schedule()
     assert plan is not None
@@ -576,7 +576,7 @@ def test_finish_for_a_stop_string() -> None:
             "(block size 4); it has 3; lower max_tokens or give",
         ),
         ({"num_blocks": 3}, 9, None, "is 64 tokens, which needs 16 blocks"),
-        ({"num_blocks": 3, "window": 5}, 30, 5, "needs 6 blocks of cache group 0 (block size 4, window 5, chunks of 16)"),
+        ({"num_blocks": 3, "window": 5}, 30, 5, "6 blocks of cache group 0 (block size 4, window 5, chunks of 16)"),
     ],
 )
 def test_what_can_never_run_is_refused(config: dict[str, Any], num_prompt: int, max_tokens: int, message: str) -> None:

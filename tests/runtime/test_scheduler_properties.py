@@ -12,15 +12,14 @@ import io
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-
 from camshaft.runtime.kv_cache import CacheGroup
 from camshaft.runtime.request import NULL_BLOCK, FinishReason, Request, RequestStatus
 from camshaft.runtime.sampling_params import SamplingParams
 from camshaft.runtime.scheduler import RequestUpdate, ScheduledRequest, SchedulerConfig, StepPlan
 from camshaft.runtime.trace import TracedScheduler, replay
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 EOS = 0
 NUM_TOKENS = 7

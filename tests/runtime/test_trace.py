@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from camshaft.runtime.kv_cache import CacheGroup
 from camshaft.runtime.request import FinishReason, Request
 from camshaft.runtime.sampling_params import SamplingParams
