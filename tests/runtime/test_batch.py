@@ -1,0 +1,170 @@
+"""Plans become exact tensors, and the tables stay right over preemption, windows and prompt rows."""
+
+import numpy as np
+import torch
+from camshaft.runtime.batch import BatchBuilder
+from camshaft.runtime.kv_cache import CacheGroup
+from camshaft.runtime.plan import ScheduledRequest, SchedulerConfig, StepPlan
+from camshaft.runtime.request import Request
+from camshaft.runtime.runner import Runner
+from camshaft.runtime.sampling_params import SamplingParams
+from camshaft.runtime.scheduler import Scheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .fake_engine import FakeEngine, expected_tokens
+
+
+def request(name, prompt, blocks, output=(), **params):
+    made = Request(name, list(prompt), SamplingParams(temperature=0, **params))
+    made.output_token_ids.extend(output)
+    made.all_token_ids.extend(output)
+    made.block_ids = [list(b) for b in blocks]
+    return made
+
+
+def plan(*rows, preempted=()):
+    return StepPlan(0, tuple(rows), sum(r.num_tokens for r in rows), preempted)
+
+
+def builder(num_groups=1, max_sequences=4):
+    return BatchBuilder(
+        num_groups=num_groups, block_size=4, max_seq_len=32, max_sequences=max_sequences, device=torch.device("cpu")
+    )
+
+
+def test_packing_of_a_mixed_step():
+    a = request("a", [1, 2, 3], [[5, 6]], output=[7, 8])
+    b = request("b", [10, 11, 12, 13, 14, 15], [[2, 9]])
+    c = request("c", [20, 21, 22], [[1]])
+    made = builder().build(
+        plan(ScheduledRequest(a, 4, 1), ScheduledRequest(b, 2, 4), ScheduledRequest(c, 0, 2, 0, 0, False))
+    )
+    assert made.token_ids.tolist() == [8, 12, 13, 14, 15, 20, 21]
+    assert made.positions.tolist() == [4, 2, 3, 4, 5, 0, 1]
+    assert made.groups[0].slot_mapping.tolist() == [24, 10, 11, 36, 37, 4, 5]
+    assert made.groups[0].block_tables.tolist() == [[5, 6], [2, 9], [1, 0]]
+    assert made.query_start.tolist() == [0, 1, 5, 7] and made.seq_lens.tolist() == [5, 6, 2]
+    assert made.sample_rows.tolist() == [0, 4]
+    assert (made.max_query_len, made.max_seq_len) == (4, 6)
+    assert made.token_ids.dtype == made.positions.dtype == made.sample_rows.dtype == torch.int64
+    assert made.groups[0].block_tables.dtype == made.query_start.dtype == made.seq_lens.dtype == torch.int32
+
+
+def test_drafts_and_prompt_rows():
+    a = request("a", [1, 2, 3], [[5, 6]], output=[7])
+    a.draft_token_ids = [30, 31, 32]
+    b = request("b", [10, 11, 12], [[2]])
+    made = builder().build(plan(ScheduledRequest(a, 3, 3, 2, 3), ScheduledRequest(b, 0, 3, 0, 3)))
+    assert made.token_ids.tolist() == [7, 30, 31, 10, 11, 12]
+    assert made.sample_rows.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_tables_follow_growth_windows_preemption_and_release():
+    build = builder(num_groups=2, max_sequences=2)
+    a = request("a", range(9), [[3, 4, 5], [-1, 7, 8]])
+    made = build.build(plan(ScheduledRequest(a, 8, 1)))
+    assert made.groups[1].block_tables.tolist() == [[0, 7, 8]]
+    assert [g.slot_mapping.tolist() for g in made.groups] == [[20], [32]]
+    a.block_ids[0].append(6)
+    a.block_ids[1].append(9)
+    made = build.build(plan(ScheduledRequest(a, 8, 1)))
+    assert made.groups[0].block_tables.tolist() == [[3, 4, 5]], "no wider than the longest sequence"
+    a.block_ids = [[1, 2, 0], [4, 3, 2]]
+    b = request("b", range(3), [[6], [6]])
+    build.build(plan(ScheduledRequest(b, 0, 3), preempted=("a",)))
+    made = build.build(plan(ScheduledRequest(b, 2, 1), ScheduledRequest(a, 0, 9)))
+    assert made.groups[0].block_tables.tolist() == [[6, 0, 0], [1, 2, 0]]
+    build.release("a")
+    build.release("b")
+    c = request("c", range(3), [[0], [1]])
+    assert build.build(plan(ScheduledRequest(c, 0, 3))).groups[1].block_tables.tolist() == [[1]]
+
+
+def test_a_batch_outlives_the_next_one():
+    build = builder()
+    first = build.build(plan(ScheduledRequest(request("a", [1, 2], [[0]]), 0, 2)))
+    build.build(plan(ScheduledRequest(request("b", [3, 4, 5], [[1]]), 0, 3)))
+    assert first.token_ids.tolist() == [1, 2]
+
+
+def run(engine, requests, num_blocks, **config):
+    """Runs requests to their end through scheduler, runner and engine."""
+    groups = tuple(
+        CacheGroup(num_blocks=n, block_size=engine.block_size, window=g.window)
+        for n, g in zip(num_blocks, engine.cache_groups)
+    )
+    engine.bind_cache(num_blocks)
+    scheduler = Scheduler(
+        SchedulerConfig(
+            groups=groups,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_sequences=engine.max_sequences,
+            max_seq_len=engine.max_seq_len,
+            **config,
+        )  # fmt: skip
+    )
+    runner = Runner(engine)
+    for r in requests:
+        scheduler.add_request(r)
+        runner.add(r, 0)
+    results = []
+    while (step := scheduler.schedule()) is not None:
+        result = runner.execute(step)
+        results.append((step, result))
+        for update in scheduler.update(step, result.sampled):
+            if update.finished:
+                runner.release(update.request.request_id)
+    scheduler.check_integrity()
+    return scheduler, results
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=6),
+    num_blocks=st.integers(14, 40),
+    windows=st.sampled_from([(0,), (0, 6), (5,)]),
+    policy=st.sampled_from(["guaranteed_no_evict", "max_utilization"]),
+    shared=st.booleans(),
+)
+def test_tokens_are_those_of_the_definition(lengths, num_blocks, windows, policy, shared):
+    """Chunked prefill, prefix hits, windows and preemption leave every token as it must be."""
+    rng = np.random.default_rng(0)
+    engine = FakeEngine(max_batch_tokens=16, max_sequences=4, windows=windows, max_seq_len=56)
+    base = rng.integers(0, 101, 40).tolist()
+    prompts = [base[:n] if shared else rng.integers(0, 101, n).tolist() for n, _ in lengths]
+    requests = [request(str(i), p, [], max_tokens=m) for i, (p, (_, m)) in enumerate(zip(prompts, lengths))]
+    run(engine, requests, [num_blocks] * len(windows), policy=policy)
+    for r, prompt, (_, num_tokens) in zip(requests, prompts, lengths):
+        assert r.output_token_ids == expected_tokens(prompt, num_tokens, 101, windows)
+
+
+def test_preemption_really_happens():
+    engine = FakeEngine(max_batch_tokens=16, max_sequences=4, max_seq_len=56)
+    prompts = [[i, i + 1, i + 2, 50] * 4 for i in range(4)]
+    requests = [request(str(i), p, [], max_tokens=30) for i, p in enumerate(prompts)]
+    scheduler, _ = run(engine, requests, [20], policy="max_utilization")
+    assert scheduler.stats.preemptions > 0
+    for r, prompt in zip(requests, prompts):
+        assert r.output_token_ids == expected_tokens(prompt, 30, 101)
+
+
+def test_prompt_logprobs_of_a_chunked_prompt():
+    engine = FakeEngine(max_batch_tokens=8, max_sequences=4)
+    prompt = list(range(3, 23))
+    wanted = request("a", prompt, [], max_tokens=2, prompt_logprobs=2)
+    other = request("b", [9, 9, 9], [], max_tokens=9)
+    _, results = run(engine, [other, wanted], [40])
+    found = {}
+    for step, result in results:
+        for index, logprobs in result.prompt_logprobs.items():
+            row = step.scheduled[index]
+            for n, value in enumerate(logprobs.logprobs):
+                found[row.start + n + 1] = (float(value), int(logprobs.ranks[n]))
+    assert sorted(found) == list(range(1, 20))
+    assert wanted.output_token_ids == expected_tokens(prompt, 2, 101)
+    from .fake_engine import context_hash, logits_of
+
+    for position in (1, 8, 19):
+        expected = torch.from_numpy(logits_of(context_hash(prompt[:position]), 101)).log_softmax(-1)
+        assert abs(found[position][0] - float(expected[prompt[position]])) < 1e-4
