@@ -1,0 +1,164 @@
+"""The Triton attention kernels against a dense attention in float64.
+
+On a GPU: `pytest -m gpu tests/gpu/test_triton_attention.py -s` (prints the largest error of every case).
+Without one, Triton's interpreter runs the same cases on the CPU: `TRITON_INTERPRET=1 pytest tests/gpu/...`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from paged_attention_cases import Case, dense_attention, make_case
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+if not torch.cuda.is_available() and not INTERPRET:
+    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from camshaft.export.kernels import dispatch, triton  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cpu" if INTERPRET else "cuda"
+# bfloat16 and float16: the weights and the output are rounded to 8 and 11 bits; float32: no TF32, plain rounding.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
+DTYPES = [torch.float16, torch.float32] if INTERPRET else [torch.bfloat16, torch.float16, torch.float32]
+MIXED = [(1, 37), (5, 5), (0, 0), (130, 200), (1, 1), (17, 90), (1, 64), (64, 128)]
+DECODE = [(1, n) for n in (1, 2, 15, 16, 17, 63, 64, 65, 150)]
+LONG = [(1, 1500), (0, 0), (1, 700)]  # few and long: the decode kernel splits the keys
+
+
+def check(case: Case, dtype: torch.dtype, kernel: Any = None, score_scale: float = 1.0) -> None:
+    """Output and cache after a call; prints the largest error."""
+    before = case.tensors["k_cache"].clone()
+    out = case.call(kernel or triton.paged_attention).cpu()
+    assert out.dtype == dtype
+    expected = dense_attention(case)
+    error = (out.double() - expected).abs().max().item() if out.numel() else 0.0
+    print(f"  {str(dtype):15} max error {error:.2e}", end="")
+    tolerance = TOLERANCE[dtype] * score_scale
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    slots = case.tensors["slot_mapping"]
+    before.flatten(0, 1)[slots[slots >= 0]] = case.tensors["k"][slots >= 0]
+    torch.testing.assert_close(case.tensors["k_cache"], before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+def test_head_sizes(dim: int, dtype: torch.dtype) -> None:
+    for lengths in (MIXED, DECODE):
+        check(make_case(lengths, dim=dim, dtype=dtype, device=DEVICE), dtype)
+
+
+@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (8, 8), (6, 2), (32, 8), (14, 2), (71, 1)])
+def test_grouped_queries(heads: int, kv_heads: int) -> None:
+    for lengths in (MIXED, DECODE):
+        case = make_case(lengths, heads=heads, kv_heads=kv_heads, dim=64, dtype=HALF, device=DEVICE)
+        check(case, HALF)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"dim": 192, "value_dim": 128},
+    {"dim": 10, "value_dim": 33},
+    {"window": 1},
+    {"window": 50},
+    {"softcap": 2.0, "score_scale": 4.0},
+    {"sinks": True},
+    {"alibi": True},
+    {"sinks": True, "window": 20, "alibi": True, "softcap": 3.0},
+    {"padding": 7},
+    {"fused_qkv": True, "padding": 3, "value_dim": 24},
+    {"block_size": 32},
+    {"block_size": 64, "window": 70},
+]
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
+    for lengths in (MIXED, DECODE, LONG):
+        case = make_case(lengths, dtype=dtype, device=DEVICE, **options)
+        check(case, dtype, score_scale=options.get("score_scale", 1.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"window": 400, "alibi": True}], ids=str)
+def test_split_decode(options: dict[str, Any]) -> None:
+    processors = triton._num_processors(torch.device(DEVICE))
+    assert triton._num_splits(3, 2, 1500, processors) > 1
+    case = make_case(LONG, dim=64, dtype=torch.float32, device=DEVICE, **options)
+    check(case, torch.float32)
+
+
+def test_decode_and_mixed_kernels_agree() -> None:
+    """A bound that is not tight picks the other kernel and gives the same answer."""
+    case = make_case(DECODE, dim=64, device=DEVICE, sinks=True)
+    split = case.clone().call(triton.paged_attention)
+    case.options["max_query_len"] = 16
+    torch.testing.assert_close(case.call(triton.paged_attention), split, rtol=1e-5, atol=1e-5)
+
+
+def test_shared_blocks_and_rows_that_write_nothing() -> None:
+    case = make_case([(1, 40), (5, 37), (8, 60)], shared_blocks=2, device=DEVICE)
+    check(case, torch.float32)
+    again = Case(case.tensors | {"slot_mapping": torch.full_like(case.tensors["slot_mapping"], -1)}, case.options, case.dense)
+    check(again, torch.float32)
+
+
+def test_empty_batches() -> None:
+    assert make_case([(0, 0)], device=DEVICE).call(triton.paged_attention).shape == (0, 4, 16)
+    padding = make_case([(0, 0)], padding=3, device=DEVICE).call(triton.paged_attention)
+    assert torch.equal(padding.cpu(), torch.zeros(3, 4, 16))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_batches(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=rng))]
+
+    lengths = []
+    for _ in range(pick(1, 3, 9, 20)):
+        n = pick(0, 1, 1, 1, 2, 9, 70)
+        lengths.append((n, n + pick(0, 1, 15, 16, 100)))
+    lengths.append((2, 9))
+    kv_heads = pick(1, 2, 3)
+    case = make_case(
+        lengths, kv_heads=kv_heads, heads=kv_heads * pick(1, 3, 4, 5), dim=pick(16, 40, 64), block_size=pick(16, 32),
+        window=pick(0, 0, 9), padding=pick(0, 5), fused_qkv=bool(pick(0, 1)), sinks=bool(pick(0, 1)), device=DEVICE, seed=seed,
+    )  # fmt: skip
+    check(case, torch.float32)
+
+
+@pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("lengths", [MIXED, LONG], ids=["mixed", "decode"])
+def test_captured_in_a_cuda_graph(lengths: list[tuple[int, int]]) -> None:
+    """Captured with one batch, replayed with another of the same sizes: no launch depends on the data."""
+    captured = make_case(lengths, dim=64, dtype=HALF, device=DEVICE, seed=1)
+    shorter = [(n, max(n, length // 2)) for n, length in lengths]
+    other = make_case(shorter, dim=64, dtype=HALF, device=DEVICE, seed=2)
+    captured.clone().call(triton.paged_attention)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = captured.call(triton.paged_attention)
+    for name, tensor in other.tensors.items():
+        static = captured.tensors[name]
+        if tensor.shape == static.shape:
+            static.copy_(tensor)
+        elif name == "block_tables":
+            static[:, : tensor.shape[1]].copy_(tensor)
+        else:
+            static[: tensor.shape[0]].copy_(tensor)
+    graph.replay()
+    expected = dense_attention(other)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1.6e-2, atol=1.6e-2)
+
+
+@pytest.mark.skipif(INTERPRET, reason="dispatch picks by device")
+def test_dispatch_picks_triton_on_cuda() -> None:
+    check(make_case(MIXED, device=DEVICE), torch.float32, kernel=dispatch.paged_attention)
+    assert dispatch.describe()["cuda"]["available"]
