@@ -184,8 +184,8 @@ def plan_cache(
         raise ValueError(
             f"the KV cache would get {format_bytes(max(budget, 0))} ({source}), which is not one block of "
             f"{engine.block_size} tokens in every cache group ({format_bytes(smallest)}); a request of "
-            f"{engine.max_seq_len} tokens needs {format_bytes(request_bytes)}. Raise kv_cache_bytes or memory_fraction, "
-            "free memory on the device, or compile with a smaller max_seq_len or max_batch_tokens"
+            f"{engine.max_seq_len} tokens needs {format_bytes(request_bytes)}. Raise kv_cache_bytes or "
+            "memory_fraction, free memory on the device, or compile with a smaller max_seq_len or max_batch_tokens"
         )
     kv_bytes = sum(n * spec.bytes_per_block for n, spec in zip(num_blocks, engine.cache_groups))
     if kv_bytes > free:

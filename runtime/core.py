@@ -1,0 +1,376 @@
+"""The serving core: scheduler, runner and detokenisation around one engine, one step at a time.
+
+    Generation (what a user asked for, n samples) -- n Sequences, each with a scheduler Request
+        step():  schedule -> execute -> update -> text -> what is new goes to each Generation's sink
+
+One thread drives it. `LLM` puts a thread, handles and prompts around it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from .batch import Engine
+from .detokenizer import Detokenizer, StreamFactory
+from .inputs import CheckedInput
+from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobDict
+from .plan import RequestUpdate, StepPlan
+from .request import FinishReason, Request
+from .runner import Runner, StepResult
+from .sampler import TokenLogprobs, derive_seed
+from .scheduler import Scheduler
+from .tokenizer import Tokenizer
+
+
+class Sink(Protocol):
+    """Where a generation's results go; called on the core's thread, so it must be quick and must not raise."""
+
+    wants_increments: bool
+    """Whether `increment` is to be called; if not, only the final output is made."""
+
+    def increment(self, output: RequestOutput) -> None:
+        """What is new since the last call."""
+
+    def finish(self, output: RequestOutput) -> None:
+        """The whole result."""
+
+    def fail(self, error: Exception) -> None:
+        """The generation was lost."""
+
+
+class Sample:
+    """One sample of a generation: its request, text and log-probabilities."""
+
+    def __init__(self, index: int, request: Request, detokenizer: Detokenizer | None, keep_logprobs: bool) -> None:
+        self.index = index
+        self.request = request
+        self.detokenizer = detokenizer
+        self.logprobs: list[TokenLogprobDict] | None = [] if keep_logprobs else None
+        self.cumulative_logprob: float | None = 0.0 if keep_logprobs else None
+        self.finished = False
+        self.num_delivered = 0
+
+    def output(self, text: str, since: int) -> CompletionOutput:
+        """The tokens from number `since` on, with the given text."""
+        request = self.request
+        reason = request.finish_reason if self.finished else None
+        return CompletionOutput(
+            self.index,
+            text,
+            request.output_token_ids[since:],
+            self.cumulative_logprob,
+            None if self.logprobs is None else self.logprobs[since:],
+            None if reason is None else reason.value,
+            request.stop_reason if self.finished else None,
+        )
+
+
+class Generation:
+    """One user request: `params.n` sequences over one prompt."""
+
+    def __init__(self, request_id: str, checked: CheckedInput, seed: int, sink: Sink, eos: frozenset[int]) -> None:
+        self.request_id = request_id
+        self.prompt = checked.prompt
+        self.params = checked.params
+        self.sink = sink
+        self.metrics = RequestMetrics(arrival_s=time.monotonic())
+        self.prompt_logprobs: dict[int, TokenLogprobDict] = {}
+        self.samples: list[Sample] = []
+        self.num_unfinished = self.params.n
+        self.prompt_announced = False
+        n = self.params.n
+        ids = [request_id] if n == 1 else [f"{request_id}/{i}" for i in range(n)]
+        later = dataclasses.replace(self.params, prompt_logprobs=None)
+        self.requests = [
+            Request(
+                ids[i],
+                checked.token_ids,
+                self.params if i == 0 else later,
+                eos_token_ids=eos,
+                wait_for=ids[0] if i else None,
+            )
+            for i in range(n)
+        ]
+        self.seeds = [seed if i == 0 else derive_seed(seed, i) for i in range(n)]
+
+    def final_output(self) -> RequestOutput:
+        """The whole result of finished (or aborted) sequences."""
+        self._count()
+        outputs = [s.output(s.detokenizer.text if s.detokenizer else "", 0) for s in self.samples]
+        return self._wrap(outputs, self._all_prompt_logprobs())
+
+    def increment(self, sample: Sample, text: str) -> RequestOutput:
+        """What is new of one sample."""
+        output = sample.output(text, sample.num_delivered)
+        sample.num_delivered = len(sample.request.output_token_ids)
+        prompt_logprobs = None if self.prompt_announced else self._all_prompt_logprobs()
+        self.prompt_announced = True
+        self._count()
+        return self._wrap([output], prompt_logprobs)
+
+    def _wrap(
+        self, outputs: list[CompletionOutput], prompt_logprobs: list[TokenLogprobDict | None] | None
+    ) -> RequestOutput:
+        ids = self.requests[0].prompt_token_ids
+        return RequestOutput(
+            self.request_id, self.prompt, ids, outputs, self.num_unfinished == 0, self.metrics, prompt_logprobs
+        )
+
+    def _all_prompt_logprobs(self) -> list[TokenLogprobDict | None] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        return [self.prompt_logprobs.get(i) for i in range(self.requests[0].num_prompt_tokens)]
+
+    def _count(self) -> None:
+        self.metrics.num_cached_tokens = self.requests[0].num_cached_tokens
+        self.metrics.num_preemptions = sum(r.num_preemptions for r in self.requests)
+
+
+class ServingCore:
+    """Steps an engine through all generations. Not thread-safe, except `check_fits`.
+
+    Args:
+        engine: with its cache bound.
+        scheduler: over the engine's blocks.
+        tokenizer: None serves token ids only.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
+        self.engine = engine
+        self.scheduler = scheduler
+        self.tokenizer = tokenizer
+        self.runner = Runner(engine)
+        self.eos_token_ids = frozenset(engine.eos_token_ids)
+        self._streams = {} if tokenizer is None else {
+            skip: StreamFactory(tokenizer, skip_special_tokens=skip) for skip in (True, False)
+        }  # fmt: skip
+        self._generations: dict[str, Generation] = {}
+        self._samples: dict[str, tuple[Generation, Sample]] = {}
+        self._token_texts: dict[int, str] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return self.scheduler.has_work
+
+    @property
+    def num_generations(self) -> int:
+        """Generations that have not ended."""
+        return len(self._generations)
+
+    def check_fits(self, generation: Generation) -> None:
+        """Raises ValueError, with the numbers, for a generation that can never run; changes nothing."""
+        self.scheduler._check_fits(generation.requests[0])
+
+    def add(self, generation: Generation) -> None:
+        """Queues a generation. Raises ValueError if it cannot run or its id is in use, and then queues nothing."""
+        if generation.request_id in self._generations:
+            raise ValueError(f"request id {generation.request_id!r} is in use; choose another")
+        params = generation.params
+        self.check_fits(generation)
+        for index, (request, seed) in enumerate(zip(generation.requests, generation.seeds)):
+            detokenizer = None
+            if self._streams and params.detokenize:
+                stops = tuple(params.stop or ())
+                detokenizer = Detokenizer(
+                    self._streams[params.skip_special_tokens].make(),
+                    stops,
+                    include_stop=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                )
+            sample = Sample(index, request, detokenizer, params.logprobs is not None)
+            generation.samples.append(sample)
+            self.scheduler.add_request(request)
+            self.runner.add(request, seed)
+            self._samples[request.request_id] = (generation, sample)
+        self._generations[generation.request_id] = generation
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a generation with what it has; False if no live one has the id."""
+        generation = self._generations.get(request_id)
+        if generation is None:
+            return False
+        for sample in generation.samples:
+            if not sample.finished:
+                self.scheduler.finish(sample.request.request_id, FinishReason.ABORT)
+                self._end(generation, sample, [])
+        return True
+
+    def step(self) -> int:
+        """Runs one step and delivers its results; returns the number of tokens computed (0: nothing to do).
+
+        If the engine raises, every generation of the step's plan fails with that error, its blocks are freed, and
+        the core can go on with others.
+        """
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return 0
+        try:
+            result = self.runner.execute(plan)
+        except Exception as error:  # the engine's boundary: whoever waits for a result gets the error
+            self._fail_step(plan, error)
+            return plan.num_tokens
+        now = time.monotonic()
+        for index in result.failed:
+            self._fail_row(plan, index)
+        for index, logprobs in result.prompt_logprobs.items():
+            self._keep_prompt_logprobs(plan, index, logprobs)
+        updates = self.scheduler.update(plan, result.sampled)
+        if result.logprobs:
+            self._keep_logprobs(plan, result, updates)
+        for update in updates:
+            generation, sample = self._samples[update.request.request_id]
+            if generation.metrics.first_token_s is None:
+                generation.metrics.first_token_s = now
+            self._take(generation, sample, update)
+        return plan.num_tokens
+
+    def fail_all(self, error: Exception) -> None:
+        """Fails every generation and frees its blocks."""
+        for generation in list(self._generations.values()):
+            self._fail(generation, error)
+
+    # --- results ------------------------------------------------------------------------------------------------
+
+    def _take(self, generation: Generation, sample: Sample, update: RequestUpdate) -> None:
+        """New tokens of one sample: text, stop strings, delivery."""
+        tokens = update.new_token_ids
+        if update.finished:
+            self._end(generation, sample, tokens)
+            return
+        stream = generation.sink.wants_increments
+        detokenizer = sample.detokenizer
+        if detokenizer is None or not (stream or generation.params.stop):
+            if stream:
+                generation.sink.increment(generation.increment(sample, ""))
+            return
+        text, taken = detokenizer.push(tokens)
+        if detokenizer.stop is not None:
+            self.scheduler.finish(sample.request.request_id, FinishReason.STOP, detokenizer.stop)
+            self._drop_tokens(sample, len(tokens) - taken)
+            self._close(generation, sample, text)
+        elif stream:
+            generation.sink.increment(generation.increment(sample, text))
+
+    def _end(self, generation: Generation, sample: Sample, tokens: Sequence[int]) -> None:
+        """The request has ended, for another reason than a stop string; `tokens` are its last new ones."""
+        request, params, detokenizer = sample.request, generation.params, sample.detokenizer
+        text = ""
+        if detokenizer is not None:
+            if generation.sink.wants_increments or params.stop:
+                shown: Sequence[int] = tokens
+            else:
+                shown = request.output_token_ids
+            stopped = request.finish_reason is FinishReason.STOP
+            if stopped and not params.include_stop_str_in_output:
+                shown = shown[:-1]
+            text, taken = detokenizer.push(shown)
+            dropped = len(shown) - taken + (stopped and not params.include_stop_str_in_output)
+            if detokenizer.stop is None:
+                text += detokenizer.flush()
+                dropped = 0
+            if detokenizer.stop is not None:
+                self._drop_tokens(sample, dropped)
+                request.finish_reason, request.stop_reason = FinishReason.STOP, detokenizer.stop
+        self._close(generation, sample, text)
+
+    def _drop_tokens(self, sample: Sample, num_tokens: int) -> None:
+        """Forgets tokens that came in the same step behind the one that completed a stop string."""
+        if num_tokens:
+            del sample.request.output_token_ids[-num_tokens:]
+            if sample.logprobs is not None:
+                del sample.logprobs[-num_tokens:]
+
+    def _close(self, generation: Generation, sample: Sample, text: str) -> None:
+        """Marks a sequence finished and delivers it, and the generation with its last one."""
+        sample.finished = True
+        generation.num_unfinished -= 1
+        self._forget(sample.request.request_id)
+        if generation.num_unfinished == 0:
+            generation.metrics.finished_s = time.monotonic()
+            del self._generations[generation.request_id]
+        if generation.sink.wants_increments:
+            generation.sink.increment(generation.increment(sample, text))
+        if generation.num_unfinished == 0:
+            generation.sink.finish(generation.final_output())
+
+    def _forget(self, request_id: str) -> None:
+        self.runner.release(request_id)
+        self._samples.pop(request_id, None)
+
+    # --- failures -----------------------------------------------------------------------------------------------
+
+    def _fail_row(self, plan: StepPlan, index: int) -> None:
+        request = plan.scheduled[index].request
+        generation, _ = self._samples[request.request_id]
+        self._fail(generation, RuntimeError(
+            f"request {request.request_id!r}: no token can be chosen at position {request.num_tokens}: the logits are "
+            "NaN or infinite, or every token is masked (allowed_token_ids, bad words, min_tokens). If no masks were "
+            "asked for, the model's numerics are at fault: compare with target='eager'"
+        ))  # fmt: skip
+
+    def _fail_step(self, plan: StepPlan, error: Exception) -> None:
+        for row in plan.scheduled:
+            entry = self._samples.get(row.request.request_id)
+            if entry is not None:
+                failure = RuntimeError(
+                    f"request {entry[0].request_id!r} was lost: step {plan.step_id} ({len(plan.scheduled)} sequences, "
+                    f"{plan.num_tokens} tokens) raised {type(error).__name__}: {error}"
+                )
+                failure.__cause__ = error
+                self._fail(entry[0], failure)
+        # All requests of the plan have ended, so it takes no tokens; the scheduler only wants it answered.
+        self.scheduler.update(plan, [[] for _ in plan.scheduled])
+
+    def _fail(self, generation: Generation, error: Exception) -> None:
+        for sample in generation.samples:
+            if not sample.finished:
+                self.scheduler.finish(sample.request.request_id, FinishReason.ABORT)
+                self._forget(sample.request.request_id)
+        with contextlib.suppress(KeyError):
+            del self._generations[generation.request_id]
+            generation.sink.fail(error)
+
+    # --- log-probabilities --------------------------------------------------------------------------------------
+
+    def _keep_logprobs(self, plan: StepPlan, result: StepResult, updates: Iterable[RequestUpdate]) -> None:
+        rows = {row.request.request_id: i for i, row in enumerate(plan.scheduled)}
+        for update in updates:
+            _, sample = self._samples[update.request.request_id]
+            found = result.logprobs.get(rows[update.request.request_id])
+            if found is None or sample.logprobs is None:
+                continue
+            values, n = found
+            token = update.new_token_ids[0]
+            sample.logprobs.append(self._logprob_dict(values, n, token, update.request.params.logprobs or 0))
+            assert sample.cumulative_logprob is not None
+            sample.cumulative_logprob += float(values.logprobs[n])
+
+    def _keep_prompt_logprobs(self, plan: StepPlan, index: int, values: TokenLogprobs) -> None:
+        request, start = plan.scheduled[index].request, plan.scheduled[index].start
+        entry = self._samples.get(request.request_id)
+        if entry is None:
+            return
+        for n in range(len(values.logprobs)):
+            position = start + n + 1
+            entry[0].prompt_logprobs[position] = self._logprob_dict(
+                values, n, request.prompt_token_ids[position], request.params.prompt_logprobs or 0
+            )
+
+    def _logprob_dict(self, values: TokenLogprobs, n: int, token: int, num_top: int) -> TokenLogprobDict:
+        found = {token: Logprob(float(values.logprobs[n]), int(values.ranks[n]), self._token_text(token))}
+        tops = zip(values.top_ids[n, :num_top].tolist(), values.top_logprobs[n, :num_top].tolist())
+        for rank, (top, logprob) in enumerate(tops, start=1):
+            found.setdefault(top, Logprob(logprob, rank, self._token_text(top)))
+        return found
+
+    def _token_text(self, token: int) -> str | None:
+        if self.tokenizer is None:
+            return None
+        if token not in self._token_texts:
+            self._token_texts[token] = self.tokenizer.decode_token(token)
+        return self._token_texts[token]
