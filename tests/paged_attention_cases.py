@@ -15,7 +15,8 @@ class Case:
 
     tensors: dict[str, Tensor]
     options: dict[str, Any]
-    dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # per sequence: keys [L, KV, D], values [L, KV, Dv]
+    dense: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Per sequence its keys [L, KV, D] and values [L, KV, Dv]."""
 
     def call(self, kernel: Any, **more: Any) -> Tensor:
         """Run `kernel` on the case; writes the new rows to its caches."""
@@ -29,9 +30,9 @@ class Case:
 
 def make_case(
     lengths: list[tuple[int, int]], *, heads: int = 4, kv_heads: int = 2, dim: int = 16, value_dim: int | None = None,
-    block_size: int = 16, window: int = 0, softcap: float = 0.0, sinks: bool = False, alibi: bool = False, padding: int = 0,
-    fused_qkv: bool = False, shared_blocks: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0,
-    score_scale: float = 1.0,
+    block_size: int = 16, window: int = 0, softcap: float = 0.0, sinks: bool = False, alibi: bool = False,
+    padding: int = 0, fused_qkv: bool = False, shared_blocks: int = 0, dtype: torch.dtype = torch.float32,
+    device: str = "cpu", seed: int = 0, score_scale: float = 1.0,
 ) -> Case:  # fmt: skip
     """A batch of sequences given as (query rows, tokens after the step), with shuffled blocks and NaN in unused slots.
 
@@ -70,7 +71,8 @@ def make_case(
         keys[:shared_tokens], values[:shared_tokens] = prefix
         keys[done:], values[done:] = k[start : start + n].float(), v[start : start + n].float()
         dense.append((keys, values))
-        slot = torch.tensor([blocks[p // block_size] * block_size + p % block_size for p in range(length)], dtype=torch.int64)
+        position = torch.arange(length)
+        slot = torch.tensor(blocks, dtype=torch.int64)[position // block_size] * block_size + position % block_size
         slots[start : start + n] = slot[done:]
         k_cache.flatten(0, 1)[slot[:done]] = keys[:done].to(dtype)
         v_cache.flatten(0, 1)[slot[:done]] = values[:done].to(dtype)

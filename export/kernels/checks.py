@@ -1,4 +1,4 @@
-"""The argument checks that the attention kernels share: every message says what is wrong, the values and what is allowed."""
+"""The argument checks that the attention kernels share; messages say what is wrong, the values and what is allowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_arguments(
     window: int,
     softcap: float,
 ) -> None:
-    """Check ranks, shapes, dtypes, strides and devices of `paged_attention`'s arguments; values on the device are not read.
+    """Check ranks, shapes, dtypes, strides and devices of `paged_attention`'s arguments, not the tensors' values.
 
     Raises:
         ValueError: naming the first argument that does not fit, its value and what is allowed.
@@ -34,10 +34,10 @@ def check_arguments(
         if tensor.dim() != rank:
             raise ValueError(f"paged_attention: {name} has shape {tuple(tensor.shape)}; it needs {rank} dimensions")
         if tensor.device != q.device:
-            raise ValueError(f"paged_attention: {name} is on {tensor.device} but q is on {q.device}; move them together")
+            raise ValueError(f"paged_attention: {name} is on {tensor.device} but q is on {q.device}; move it there")
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
-                f"paged_attention: {name} has strides {tensor.stride()}; its last dimension must be contiguous (stride 1)"
+                f"paged_attention: {name} has strides {tensor.stride()}; its last dimension must be contiguous"
             )
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, value_dim = v_cache.shape

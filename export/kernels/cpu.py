@@ -54,7 +54,7 @@ def _load() -> _Loaded:
     except NativeBuildError as error:
         return _Loaded(Availability(False, str(error)))
     except OSError as error:
-        return _Loaded(Availability(False, f"the compiled CPU kernel does not load: {error}; delete it to compile again"))
+        return _Loaded(Availability(False, f"the compiled CPU kernel does not load: {error}; delete it to rebuild"))
     call = opened.camshaft_paged_attention
     call.argtypes, call.restype = [ctypes.c_char_p], ctypes.c_int64
     opened.camshaft_openmp_threads.restype = ctypes.c_int64
@@ -67,7 +67,7 @@ def is_available() -> Availability:
 
 
 def describe() -> dict[str, Any]:
-    """What `camshaft doctor` shows: availability, the library, its compiler and flags, and the OpenMP runtimes loaded."""
+    """What `camshaft doctor` shows: availability, the library, compiler and flags, and the OpenMP runtimes loaded."""
     loaded = _load()
     facts: dict[str, Any] = {"available": loaded.availability.ok, "reason": loaded.availability.reason}
     if loaded.library is not None:
@@ -138,7 +138,8 @@ def paged_attention(
     packed = _LAYOUT.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         slot_mapping.data_ptr(), block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(), 0 if alibi_slopes is None else alibi_slopes.data_ptr(), out.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(), 0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        out.data_ptr(),
         *strides[0][:2], *strides[1][:2], *strides[2][:2], *strides[3][:3], *strides[4][:3], block_tables.stride(0),
         num_tokens, seq_lens.shape[0], num_heads, num_kv_heads, head_dim, value_dim,
         num_blocks, block_size, block_tables.shape[1], window,
@@ -194,18 +195,18 @@ def _raise(
         )
     if code == 2:
         raise ValueError(
-            f"paged_attention: query_start[{index}] is {int(query_start[index])} in {query_start.tolist()}; it must start "
-            f"at 0, ascend and end at most at the number of rows, {slot_mapping.shape[0]}"
+            f"paged_attention: query_start[{index}] is {int(query_start[index])} in {query_start.tolist()}; it must "
+            f"start at 0, ascend and end at most at the number of rows, {slot_mapping.shape[0]}"
         )
     if code == 3:
         rows = int(query_start[index + 1] - query_start[index])
         raise ValueError(
-            f"paged_attention: seq_lens[{index}] is {int(seq_lens[index])} with {rows} query rows; it must be at least that "
-            f"and at most {block_tables.shape[1] * block_size} (block table of {block_tables.shape[1]} x {block_size} tokens)"
+            f"paged_attention: seq_lens[{index}] is {int(seq_lens[index])} with {rows} query rows; it must be at least "
+            f"that and at most {block_tables.shape[1] * block_size} ({block_tables.shape[1]} x {block_size} tokens)"
         )
     if code == 4:
         raise ValueError(
-            f"paged_attention: block_tables[{index}] is {block_tables[index].tolist()} for {int(seq_lens[index])} tokens; "
-            f"the blocks that hold visible tokens must be 0..{num_blocks - 1}"
+            f"paged_attention: block_tables[{index}] is {block_tables[index].tolist()} for "
+            f"{int(seq_lens[index])} tokens; the blocks that hold visible tokens must be 0..{num_blocks - 1}"
         )
     raise MemoryError("paged_attention: no memory for the CPU kernel's scratch space")

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _COMMON = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
+_ATTEMPTS = (("-march=native", True), ("-mcpu=native", True), ("", True), ("-march=native", False), ("", False))
 _TIMEOUT_S = 300
 
 
@@ -76,8 +77,8 @@ def find_compiler() -> list[str]:
         if path:
             return [path, *command[1:]]
     if chosen:
-        raise NativeBuildError(f"the C compiler CC={chosen!r} was not found; unset CC or point it to an existing compiler")
-    raise NativeBuildError("no C compiler found (looked for cc, gcc, clang on the PATH); install gcc or clang, or set CC")
+        raise NativeBuildError(f"the C compiler CC={chosen!r} was not found; unset CC or point it to one")
+    raise NativeBuildError("no C compiler found (looked for cc, gcc, clang on the PATH); install one or set CC")
 
 
 def build_library(source: Path) -> NativeLibrary:
@@ -92,7 +93,7 @@ def build_library(source: Path) -> NativeLibrary:
     version = _run([*command, "--version"])
     text = source.read_text()
     failures: list[str] = []
-    for machine, threads in (("-march=native", True), ("-mcpu=native", True), ("", True), ("-march=native", False), ("", False)):
+    for machine, threads in _ATTEMPTS:
         flags = (*_COMMON, machine) if machine else _COMMON
         link, openmp = _openmp_link(version) if threads else ((), None)
         identity = "\0".join([text, *command, *flags, str(threads), *link, version, _processor()])
@@ -105,7 +106,8 @@ def build_library(source: Path) -> NativeLibrary:
             continue
         shown = (*flags, *(("-fopenmp",) if threads else ()))
         first = version.splitlines()[0] if version else ""
-        return NativeLibrary(path=path, compiler=first, flags=shown, openmp=openmp, note=failures[0] if failures else "")
+        note = failures[0] if failures else ""
+        return NativeLibrary(path=path, compiler=first, flags=shown, openmp=openmp, note=note)
     raise NativeBuildError(failures[0])
 
 
@@ -118,7 +120,9 @@ def _openmp_link(version: str) -> tuple[tuple[str, ...], str | None]:
     return ("-fopenmp",), "compiler default"
 
 
-def _compile(command: list[str], source: Path, path: Path, flags: tuple[str, ...], link: tuple[str, ...], threads: bool) -> None:
+def _compile(
+    command: list[str], source: Path, path: Path, flags: tuple[str, ...], link: tuple[str, ...], threads: bool
+) -> None:
     """Compile and link in a temporary directory beside `path`, then rename. Two steps: -fopenmp at the link step would
     add the compiler's own OpenMP runtime."""
     try:

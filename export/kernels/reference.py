@@ -75,8 +75,9 @@ def paged_attention(
         ValueError: where shapes, dtypes or devices do not fit (see `checks`).
     """
     check_arguments(
-        q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window, softcap
-    )
+        q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
+        softcap,
+    )  # fmt: skip
     write_cache(k, v, k_cache, v_cache, slot_mapping)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     starts, lens = query_start.tolist(), seq_lens.tolist()

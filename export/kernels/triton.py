@@ -1,4 +1,4 @@
-"""Paged attention on CUDA with Triton: cache write, split-KV decode, and one kernel for prefill chunks and mixed batches.
+"""Paged attention on CUDA with Triton: cache write, split-KV decode, one kernel for prefill chunks and mixed batches.
 
 All launches follow from host integers (T, S, max_query_len, max_seq_len and the shapes), nothing is read back and no
 allocation depends on data, so a step can be captured in a CUDA graph and replayed for shorter sequences.
@@ -70,8 +70,8 @@ def _attend_keys(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    # Online softmax, base 2, of query vectors q [M, BLOCK_D] over keys [key_start, key_end). The state is acc [M, BLOCK_DV],
-    # top [M] (maximum of the scores, times log2 e) and total [M]; k_cache and v_cache point at the kv head.
+    # Online softmax, base 2, of query vectors q [M, BLOCK_D] over keys [key_start, key_end). The state is acc
+    # [M, BLOCK_DV], top [M] (maximum of the scores, times log2 e) and total [M]; the caches point at the kv head.
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     for start in range(key_start, key_end, BLOCK_N):
@@ -85,7 +85,8 @@ def _attend_keys(
             k_mask = k_mask & (offs_d[:, None] < D)
         if DV != BLOCK_DV:
             v_mask = v_mask & (offs_dv[None, :] < DV)
-        keys = tl.load(k_cache + (block * kc_block + offset * kc_offset)[None, :] + offs_d[:, None], mask=k_mask, other=0.0)
+        k_at = k_cache + (block * kc_block + offset * kc_offset)[None, :] + offs_d[:, None]
+        keys = tl.load(k_at, mask=k_mask, other=0.0)
         scores = tl.dot(q, keys.to(q.dtype), input_precision="ieee") * scale
         if SOFTCAP:
             scores = softcap * (2.0 / (1.0 + tl.exp2(scores * (-2.0 * _LOG2E / softcap))) - 1.0)
@@ -99,7 +100,8 @@ def _attend_keys(
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: exponentials are 0, not NaN
         weights = tl.exp2(scores - base[:, None])
         factor = tl.exp2(top - base)
-        values = tl.load(v_cache + (block * vc_block + offset * vc_offset)[:, None] + offs_dv[None, :], mask=v_mask, other=0.0)
+        v_at = v_cache + (block * vc_block + offset * vc_offset)[:, None] + offs_dv[None, :]
+        values = tl.load(v_at, mask=v_mask, other=0.0)
         acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc * factor[:, None], input_precision="ieee")
         total = total * factor + tl.sum(weights, 1)
         top = new_top
@@ -129,8 +131,9 @@ def _decode_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     queries = tl.load(
-        q + row * q_token + head[:, None] * q_head + offs_d[None, :], mask=keep[:, None] & (offs_d[None, :] < D), other=0.0
-    )
+        q + row * q_token + head[:, None] * q_head + offs_d[None, :],
+        mask=keep[:, None] & (offs_d[None, :] < D), other=0.0,
+    )  # fmt: skip
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     slope = tl.zeros([BLOCK_M], tl.float32)
@@ -297,13 +300,14 @@ def paged_attention(
         ValueError: shapes, dtypes or devices that do not fit, or a head size above 512.
     """
     check_arguments(
-        q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window, softcap
-    )
+        q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
+        softcap,
+    )  # fmt: skip
     num_tokens, num_heads, head_dim = q.shape
     block_size, num_kv_heads, value_dim = v_cache.shape[1:]
     if max(head_dim, value_dim) > _MAX_HEAD_DIM or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(
-            f"paged_attention (Triton): head sizes {head_dim} and {value_dim}, dtype {q.dtype}; allowed are sizes up to "
+            f"paged_attention (Triton): head sizes {head_dim} and {value_dim}, dtype {q.dtype}; allowed are sizes to "
             f"{_MAX_HEAD_DIM} and float16, bfloat16, float32: use reference.paged_attention"
         )
     out = torch.empty((num_tokens, num_heads, value_dim), dtype=q.dtype, device=q.device)
@@ -326,8 +330,8 @@ def paged_attention(
 
 
 def _attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_start: Tensor, seq_lens: Tensor, out: Tensor,
-    scale: float, window: int, softcap: float, sinks: Tensor | None, alibi_slopes: Tensor | None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, query_start: Tensor, seq_lens: Tensor,
+    out: Tensor, scale: float, window: int, softcap: float, sinks: Tensor | None, alibi_slopes: Tensor | None,
     max_query_len: int, max_seq_len: int,
 ) -> None:  # fmt: skip
     """Launch the decode kernel (and its reduction) or the mixed kernel; `out` is filled in place."""
@@ -356,8 +360,9 @@ def _attend(
         )  # fmt: skip
         if splits > 1:
             _reduce_kernel[(num_seqs, num_heads)](
-                part_acc, part_top, part_total, out, query_start, H=num_heads, DV=value_dim, BLOCK_DV=block_dv, SPLITS=splits
-            )
+                part_acc, part_top, part_total, out, query_start, H=num_heads, DV=value_dim, BLOCK_DV=block_dv,
+                SPLITS=splits,
+            )  # fmt: skip
         return
     block_m = max(smallest_m, min(largest_m, triton.next_power_of_2(max_query_len * group)))
     block_q = block_m // group

@@ -1,6 +1,7 @@
 """The Triton attention kernels against a dense attention in float64.
 
-On a GPU: `pytest -m gpu tests/gpu/test_triton_attention.py -s` (prints the largest error of every case).
+On a GPU: `pytest -m "gpu and not slow" tests/gpu/test_triton_attention.py -s` (prints the largest error of every case);
+`-m gpu` adds the rest of the grid, a minute or two more of compiling.
 Without one, Triton's interpreter runs the same cases on the CPU: `TRITON_INTERPRET=1 pytest tests/gpu/...`.
 """
 
@@ -46,17 +47,20 @@ def check(case: Case, dtype: torch.dtype, kernel: Any = None, score_scale: float
     torch.testing.assert_close(case.tensors["k_cache"], before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+QUICK = [(dim, HALF) for dim in (16, 64, 80, 96, 128, 256)] + [(128, torch.float16), (64, torch.float32)]
+REST = [(dim, dtype) for dim in (16, 64, 80, 96, 128, 256) for dtype in DTYPES if (dim, dtype) not in QUICK]
+
+
+@pytest.mark.parametrize("dim,dtype", QUICK + [pytest.param(*pair, marks=pytest.mark.slow) for pair in REST], ids=str)
 def test_head_sizes(dim: int, dtype: torch.dtype) -> None:
     for lengths in (MIXED, DECODE):
         check(make_case(lengths, dim=dim, dtype=dtype, device=DEVICE), dtype)
 
 
-@pytest.mark.parametrize("heads,kv_heads", [(1, 1), (8, 8), (6, 2), (32, 8), (14, 2), (71, 1)])
+@pytest.mark.parametrize("heads,kv_heads", [(8, 8), (14, 2), (71, 1)])
 def test_grouped_queries(heads: int, kv_heads: int) -> None:
     for lengths in (MIXED, DECODE):
-        case = make_case(lengths, heads=heads, kv_heads=kv_heads, dim=64, dtype=HALF, device=DEVICE)
+        case = make_case(lengths, heads=heads, kv_heads=kv_heads, dim=16, dtype=HALF, device=DEVICE)
         check(case, HALF)
 
 
@@ -76,25 +80,25 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [HALF, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
 def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
-    for lengths in (MIXED, DECODE, LONG):
+    for lengths in (MIXED, DECODE):
         case = make_case(lengths, dtype=dtype, device=DEVICE, **options)
         check(case, dtype, score_scale=options.get("score_scale", 1.0))
 
 
-@pytest.mark.parametrize("options", [{}, {"sinks": True}, {"window": 400, "alibi": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sinks": True, "window": 400, "alibi": True}], ids=str)
 def test_split_decode(options: dict[str, Any]) -> None:
     processors = triton._num_processors(torch.device(DEVICE))
     assert triton._num_splits(3, 2, 1500, processors) > 1
-    case = make_case(LONG, dim=64, dtype=torch.float32, device=DEVICE, **options)
+    case = make_case(LONG, dim=32, dtype=torch.float32, device=DEVICE, **options)
     check(case, torch.float32)
 
 
 def test_decode_and_mixed_kernels_agree() -> None:
     """A bound that is not tight picks the other kernel and gives the same answer."""
-    case = make_case(DECODE, dim=64, device=DEVICE, sinks=True)
+    case = make_case(DECODE, device=DEVICE, sinks=True)
     split = case.clone().call(triton.paged_attention)
     case.options["max_query_len"] = 16
     torch.testing.assert_close(case.call(triton.paged_attention), split, rtol=1e-5, atol=1e-5)
@@ -103,7 +107,8 @@ def test_decode_and_mixed_kernels_agree() -> None:
 def test_shared_blocks_and_rows_that_write_nothing() -> None:
     case = make_case([(1, 40), (5, 37), (8, 60)], shared_blocks=2, device=DEVICE)
     check(case, torch.float32)
-    again = Case(case.tensors | {"slot_mapping": torch.full_like(case.tensors["slot_mapping"], -1)}, case.options, case.dense)
+    nothing = torch.full_like(case.tensors["slot_mapping"], -1)
+    again = Case(case.tensors | {"slot_mapping": nothing}, case.options, case.dense)
     check(again, torch.float32)
 
 
@@ -113,7 +118,7 @@ def test_empty_batches() -> None:
     assert torch.equal(padding.cpu(), torch.zeros(3, 4, 16))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_batches(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
 
@@ -128,7 +133,8 @@ def test_random_batches(seed: int) -> None:
     kv_heads = pick(1, 2, 3)
     case = make_case(
         lengths, kv_heads=kv_heads, heads=kv_heads * pick(1, 3, 4, 5), dim=pick(16, 40, 64), block_size=pick(16, 32),
-        window=pick(0, 0, 9), padding=pick(0, 5), fused_qkv=bool(pick(0, 1)), sinks=bool(pick(0, 1)), device=DEVICE, seed=seed,
+        window=pick(0, 0, 9), padding=pick(0, 5), fused_qkv=bool(pick(0, 1)), sinks=bool(pick(0, 1)), device=DEVICE,
+        seed=seed,
     )  # fmt: skip
     check(case, torch.float32)
 

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from camshaft.export.kernels import cpu, dispatch, native, reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_attention_cases import Case, dense_attention, make_case
-
-from camshaft.export.kernels import cpu, dispatch, native, reference
 
 MIXED = [(1, 37), (5, 5), (0, 0), (130, 200), (1, 1), (17, 90), (1, 64), (64, 128)]
 DECODE = [(1, n) for n in (1, 2, 15, 16, 17, 63, 64, 65, 150)]
@@ -281,7 +280,8 @@ def test_missing_compiler(fresh_build: Path, monkeypatch: pytest.MonkeyPatch, ca
         case.clone().call(cpu.paged_attention)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            torch.testing.assert_close(case.clone().call(dispatch.paged_attention).double(), dense_attention(case), **TOLERANCE)
+            out = case.clone().call(dispatch.paged_attention)
+            torch.testing.assert_close(out.double(), dense_attention(case), **TOLERANCE)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "slow torch reference" in caplog.text and "/nowhere/cc" in caplog.text
     assert cpu.describe() == {"available": False, "reason": cpu.is_available().reason}
@@ -313,7 +313,8 @@ def test_unwritable_cache(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_compiler_without_openmp_and_native(fresh_build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler that knows neither flag still builds the kernel; the note says what failed."""
     wrapper = fresh_build / "plain-cc"
-    wrapper.write_text('#!/bin/sh\ncase "$*" in *native*|*-fopenmp*) echo "no such flag" >&2; exit 1;; esac\nexec cc "$@"\n')
+    refuse = 'case "$*" in *native*|*-fopenmp*) echo "no such flag" >&2; exit 1;; esac'
+    wrapper.write_text(f'#!/bin/sh\n{refuse}\nexec cc "$@"\n')
     wrapper.chmod(0o755)
     monkeypatch.setenv("CC", str(wrapper))
     facts = cpu.describe()
