@@ -136,6 +136,8 @@ class BatchBuilder:
         self._known = np.zeros((num_groups, max_sequences), dtype=np.int64)
         self._rows: dict[str, int] = {}
         self._free_rows = list(range(max_sequences - 1, -1, -1))
+        self._last_requests: tuple[Request, ...] = ()
+        self._last_rows = np.zeros(0, dtype=np.int64)
         self._long = _PackedRing(torch.int64, device)
         self._short = _PackedRing(torch.int32, device)
 
@@ -147,6 +149,7 @@ class BatchBuilder:
                 table[row, : known[row]] = 0
                 known[row] = 0
             self._free_rows.append(row)
+            self._last_requests = ()
 
     def build(self, plan: StepPlan) -> Batch:
         """The batch of a plan.
@@ -183,13 +186,16 @@ class BatchBuilder:
         groups = tuple(GroupMetadata(slot, blocks) for slot, blocks in zip(slot_d, table_d, strict=True))
         return Batch(token_d, position_d, groups, start_d, len_d, sample_d, int(nums.max()), max_seq_len)
 
-    def _table_rows(self, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
+    def _table_rows(self, requests: tuple[Request, ...]) -> npt.NDArray[np.int64]:
         """[S] each request's row in the tables, which then hold all of its blocks."""
-        known = self._rows
-        for request in requests:
-            if request.request_id not in known:
-                known[request.request_id] = self._free_rows.pop()
-        rows = np.array([known[request.request_id] for request in requests], dtype=np.int64)
+        if requests != self._last_requests:
+            known = self._rows
+            for request in requests:
+                if request.request_id not in known:
+                    known[request.request_id] = self._free_rows.pop()
+            self._last_rows = np.array([known[request.request_id] for request in requests], dtype=np.int64)
+            self._last_requests = requests
+        rows = self._last_rows
         for group, table in enumerate(self._tables):
             lengths = np.array([len(request.block_ids[group]) for request in requests], dtype=np.int64)
             for i in np.nonzero(lengths != self._known[group, rows])[0].tolist():

@@ -104,12 +104,16 @@ class Generation:
         return self._wrap(outputs, self._all_prompt_logprobs())
 
     def increment(self, sample: Sample, text: str) -> RequestOutput:
-        """What is new of one sample."""
+        """What is new of one sequence."""
         output = sample.output(text, sample.num_delivered)
         sample.num_delivered = len(sample.request.output_token_ids)
-        prompt_logprobs = None if self.prompt_announced else self._all_prompt_logprobs()
-        self.prompt_announced = True
-        self._count()
+        prompt_logprobs = None
+        if not self.prompt_announced:
+            self.prompt_announced = True
+            self._count()
+            prompt_logprobs = self._all_prompt_logprobs()
+        elif sample.finished:
+            self._count()
         return self._wrap([output], prompt_logprobs)
 
     def _wrap(

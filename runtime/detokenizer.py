@@ -290,6 +290,7 @@ class Detokenizer:
     ) -> None:
         self.stop: str | None = None
         self._stream = stream
+        self._stops = tuple(stops)
         self._matcher = StopMatcher(stops, include=include_stop)
         self._num_unchecked = min_tokens
         self._parts: list[str] = []
@@ -303,6 +304,9 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, int]:
         """(new text, number of tokens taken); fewer are taken than given only if `stop` was found in their midst."""
+        if not self._stops:
+            push = self._stream.push
+            return self._keep("".join([push(token_id) for token_id in token_ids])), len(token_ids)
         released: list[str] = []
         taken = 0
         for token_id in token_ids:

@@ -94,11 +94,15 @@ class Runner:
         return result
 
     def _collect(self, sampling: Sequence[int], output: SamplerOutput, result: StepResult) -> None:
-        for i, token in zip(sampling, output.tokens.tolist()):
-            if token < 0:
-                result.failed.append(i)
-                token = 0
-            result.sampled[i].append(token)
+        tokens = output.tokens.tolist()
+        if min(tokens) < 0:
+            result.failed = [i for i, token in zip(sampling, tokens) if token < 0]
+            tokens = [max(token, 0) for token in tokens]
+        if len(tokens) == len(result.sampled):
+            result.sampled = [[token] for token in tokens]
+        else:
+            for i, token in zip(sampling, tokens):
+                result.sampled[i].append(token)
         if output.logprobs is not None:
             for row, n in output.logprob_index.items():
                 result.logprobs[sampling[row]] = (output.logprobs, n)
