@@ -331,17 +331,6 @@ INLINE void locate_rows(const args_t *a, const int32_t *table, int64_t kv, int64
     }
 }
 
-/* Ask for the next tile's rows while this one is computed: blocks are scattered, so the processor cannot guess them. */
-static void fetch_ahead(const args_t *a, const int32_t *table, int64_t kv, int64_t j0, int64_t n) {
-    const float *keys[TILE_KEYS], *values[TILE_KEYS];
-    if (n <= 0) return;
-    locate_rows(a, table, kv, j0, n, keys, values);
-    for (int64_t j = 0; j < n; j++) {
-        for (int64_t d = 0; d < a->head_dim; d += 16) __builtin_prefetch(keys[j] + d, 0, 2);
-        for (int64_t d = 0; d < a->value_dim; d += 16) __builtin_prefetch(values[j] + d, 0, 2);
-    }
-}
-
 /* Rows [row, row + num_rows) of the packed batch, at positions from `position` on, for one kv head. */
 static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64_t row, int64_t num_rows, int64_t position) {
     const int64_t group = a->num_heads / a->num_kv_heads, dim = a->head_dim, vdim = a->value_dim;
@@ -361,7 +350,6 @@ static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64
     for (int64_t j0 = a->window ? max64(0, position - a->window + 1) : 0; j0 < end; j0 += TILE_KEYS) {
         const int64_t n = min64(TILE_KEYS, end - j0), padded = (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
         locate_rows(a, table, kv, j0, n, t->key_rows, t->value_rows);
-        if (m < PACK_FROM) fetch_ahead(a, table, kv, j0 + TILE_KEYS, min64(TILE_KEYS, end - j0 - TILE_KEYS));
         for (int64_t j = n; j < padded; j++) t->key_rows[j] = t->key_rows[n - 1]; /* computed, then masked */
         if (m >= PACK_FROM) {
             transpose_keys(t->key_rows, t->packed, padded, dim);
