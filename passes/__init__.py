@@ -1,0 +1,1 @@
+"""Optimization passes: one file per rewrite, one written pipeline, one manager."""

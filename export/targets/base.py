@@ -1,0 +1,84 @@
+"""The interface of a target, and the table of those that exist.
+
+A target lowers a segment once (`lower`, at build time: bytes to store), opens it (`load`) and binds it to each layer's weights
+(`Lowered.bind`, one callable per place in the model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from ..segment import Segment
+
+Bound = Callable[..., Sequence[Tensor]]
+"""A segment with its weights: activations in, outputs out."""
+
+
+class LoweringError(RuntimeError):
+    """A segment that a target could not lower, or an engine that it cannot open; the message names the cause and the fix."""
+
+
+class Lowered(Protocol):
+    """A lowered segment, ready to be bound."""
+
+    def bind(self, weights: Sequence[Tensor]) -> Bound:
+        """The segment with these weights (on the engine's device, in the order of the segment's weight inputs)."""
+        ...
+
+
+class Target(Protocol):
+    """A way to run segments.
+
+    name: what stands in the manifest. extension: of the engine files, "" where a segment needs none. min_tokens: the fewest
+    rows that a lowered segment takes; the engine pads to it.
+    """
+
+    name: str
+    extension: str
+    min_tokens: int
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this target cannot run here (what is missing and how to get it), or None if it can."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that an engine of this target depends on."""
+        ...
+
+    def supports(self, node: fx.Node) -> bool:
+        """Whether a node can be lowered; others run in PyTorch beside it."""
+        ...
+
+    def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
+        """The engine of a segment, as bytes to store. Raises LoweringError."""
+        ...
+
+    def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
+        """Opens a stored engine. Raises LoweringError."""
+        ...
+
+
+def _table() -> dict[str, Any]:
+    from .eager import EagerTarget
+    from .inductor import InductorTarget
+    from .onnxruntime import OnnxRuntimeTarget
+
+    return {target.name: target for target in (EagerTarget, InductorTarget, OnnxRuntimeTarget)}
+
+
+def get_target(name: str) -> Target:
+    """The target of a name. Raises ValueError for one that does not exist."""
+    table = _table()
+    if name not in table:
+        raise ValueError(f"unknown target {name!r}; known: {', '.join(['auto', *table])}")
+    return table[name]()
+
+
+def available_targets(device: torch.device) -> dict[str, str | None]:
+    """Each target with the reason why it cannot run on `device`, or None if it can."""
+    return {name: target().unavailable(device) for name, target in _table().items()}

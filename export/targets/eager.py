@@ -1,0 +1,46 @@
+"""eager: runs a segment's graph operator by operator in PyTorch. The oracle of all other targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from ...graph import ops as _ops  # noqa: F401  registers camshaft::*
+from ..segment import Segment
+from .base import Bound
+
+
+class _EagerSegment:
+    def __init__(self, segment: Segment, device: torch.device) -> None:
+        self._module = segment.graph_module(device)
+
+    def bind(self, weights: Sequence[Tensor]) -> Bound:
+        forward = self._module.forward
+        bound = tuple(weights)
+        return lambda *inputs: forward(*inputs, *bound)
+
+
+class EagerTarget:
+    """Plain PyTorch on any device."""
+
+    name = "eager"
+    extension = ""
+    min_tokens = 1
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return None
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": str(torch.__version__)}
+
+    def supports(self, node: fx.Node) -> bool:
+        return True
+
+    def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
+        return b""
+
+    def load(self, segment: Segment, engine: Path | None, device: torch.device) -> _EagerSegment:
+        return _EagerSegment(segment, device)

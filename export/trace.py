@@ -1,0 +1,71 @@
+"""A segment as an ExportedProgram: what Inductor and the ONNX exporter take.
+
+Semantic operators are replaced by their plain definitions where the target wants to see through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .segment import Segment
+
+
+class _Inlined(nn.Module):
+    """Runs a segment's graph with some operators replaced by Python functions."""
+
+    def __init__(self, graph_module: fx.GraphModule, inline: Callable[[Any], Callable[..., Any] | None]) -> None:
+        super().__init__()
+        self._interpreter = _InliningInterpreter(graph_module, inline)
+
+    def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(self._interpreter.run(*inputs))
+
+
+class _InliningInterpreter(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, inline: Callable[[Any], Callable[..., Any] | None]) -> None:
+        super().__init__(graph_module)
+        self._inline = inline
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        function = self._inline(target)
+        return function(*args, **kwargs) if function is not None else super().call_function(target, args, kwargs)
+
+
+def example_inputs(segment: Segment, device: torch.device, num_tokens: int) -> list[Tensor]:
+    """Tensors that fit the segment's inputs; varying sizes are `num_tokens`, sampled rows `num_tokens - 1`."""
+    sizes = {"R": max(num_tokens - 1, 2)}
+    inputs = []
+    for entry in segment.placeholders:
+        shape = [sizes.get(s, num_tokens) if isinstance(s, str) else s for s in entry["shape"]]
+        inputs.append(torch.zeros(shape, dtype=getattr(torch, entry["dtype"]), device=device))
+    return inputs
+
+
+def dynamic_shapes(segment: Segment, max_tokens: int) -> list[dict[int, Any]]:
+    """Which sizes of the inputs vary, for torch.export."""
+    dims: dict[str, Any] = {}
+    shapes = []
+    for entry in segment.placeholders:
+        varying = {}
+        for axis, size in enumerate(entry["shape"]):
+            if isinstance(size, str):
+                dims.setdefault(size, torch.export.Dim(size, min=2, max=max(max_tokens, 16)))
+                varying[axis] = dims[size]
+        shapes.append(varying)
+    return shapes
+
+
+def export_segment(
+    segment: Segment, device: torch.device, max_tokens: int, inline: Callable[[Any], Callable[..., Any] | None],
+) -> torch.export.ExportedProgram:
+    """Exports a segment with its weights as inputs: one list argument, activations first."""
+    module = _Inlined(segment.graph_module(device), inline)
+    examples: Sequence[Tensor] = example_inputs(segment, device, 8)
+    with torch.no_grad():
+        return torch.export.export(
+            module, (list(examples),), dynamic_shapes={"inputs": dynamic_shapes(segment, max_tokens)}, strict=False
+        )

@@ -1,0 +1,36 @@
+"""The pipeline: every pass, in the order in which it runs. This list is the order; nothing else decides it."""
+
+from __future__ import annotations
+
+from .base import GraphPass
+from .fuse_add_norm import FuseAddNorm
+from .fuse_glu import FuseGlu
+from .fuse_projections import FuseProjections
+from .match_attention import MatchAttention
+from .match_linear import MatchLinear
+from .match_rms_norm import MatchRmsNorm
+from .match_rope import MatchRope
+from .normalize import Normalize
+from .page_attention import PageAttention
+from .resolve_masks import ResolveMasks
+from .select_rows import SelectRows
+
+
+def canonicalize_passes() -> list[GraphPass]:
+    """Semantic operators out of aten chains; legal for any program."""
+    return [Normalize(), ResolveMasks(), MatchAttention(), MatchLinear(), MatchRmsNorm(), MatchRope(), Normalize()]
+
+
+def fuse_passes() -> list[GraphPass]:
+    """Fewer, larger operators; legal for any canonical program."""
+    return [FuseProjections(), FuseGlu(), FuseAddNorm()]
+
+
+def decoder_passes(*, block_size: int) -> list[GraphPass]:
+    """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out."""
+    return [*canonicalize_passes(), *fuse_passes(), PageAttention(block_size=block_size), SelectRows(), Normalize()]
+
+
+def module_passes() -> list[GraphPass]:
+    """The pipeline of a module that is no decoder: canonical and fused, inputs and outputs as they were."""
+    return [*canonicalize_passes(), *fuse_passes()]
