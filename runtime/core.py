@@ -174,6 +174,9 @@ class ServingCore:
         """Queues a generation. Raises ValueError if it cannot run or its id is in use, and then queues nothing."""
         if generation.request_id in self._generations:
             raise ValueError(f"request id {generation.request_id!r} is in use; choose another")
+        for request in generation.requests:
+            if request.request_id in self._samples:
+                raise ValueError(f"request id {request.request_id!r} is in use; choose another")
         params = generation.params
         self.check_fits(generation)
         for index, (request, seed) in enumerate(zip(generation.requests, generation.seeds)):
@@ -265,21 +268,19 @@ class ServingCore:
         request, params, detokenizer = sample.request, generation.params, sample.detokenizer
         text = ""
         if detokenizer is not None:
+            hides_last = request.finish_reason is FinishReason.STOP and not params.include_stop_str_in_output
             if generation.sink.wants_increments or params.stop:
-                shown: Sequence[int] = tokens
-            else:
-                shown = request.output_token_ids
-            stopped = request.finish_reason is FinishReason.STOP
-            if stopped and not params.include_stop_str_in_output:
-                shown = shown[:-1]
-            text, taken = detokenizer.push(shown)
-            dropped = len(shown) - taken + (stopped and not params.include_stop_str_in_output)
-            if detokenizer.stop is None:
+                shown = tokens[: len(tokens) - hides_last]
+                text, taken = detokenizer.push(shown)
+                dropped = len(tokens) - taken if detokenizer.stop is not None else 0
                 text += detokenizer.flush()
-                dropped = 0
-            if detokenizer.stop is not None:
-                self._drop_tokens(sample, dropped)
-                request.finish_reason, request.stop_reason = FinishReason.STOP, detokenizer.stop
+                if detokenizer.stop is not None:
+                    self._drop_tokens(sample, dropped)
+                    request.finish_reason, request.stop_reason = FinishReason.STOP, detokenizer.stop
+            else:
+                assert self.tokenizer is not None
+                ids = request.output_token_ids[: len(request.output_token_ids) - hides_last]
+                detokenizer.text = self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
         self._close(generation, sample, text)
 
     def _drop_tokens(self, sample: Sample, num_tokens: int) -> None:

@@ -302,6 +302,11 @@ class Detokenizer:
             self._parts = ["".join(self._parts)]
         return self._parts[0] if self._parts else ""
 
+    @text.setter
+    def text(self, text: str) -> None:
+        """Puts a text in place of all pushes, for outputs that are decoded only at their end."""
+        self._parts = [text]
+
     def push(self, token_ids: Sequence[int]) -> tuple[str, int]:
         """(new text, number of tokens taken); fewer are taken than given only if `stop` was found in their midst."""
         if not self._stops:
