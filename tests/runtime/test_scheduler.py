@@ -383,6 +383,20 @@ def test_prompt_logprobs_want_all_rows_and_no_cached_prefix() -> None:
     assert plan.scheduled == ((b, 9, 1, 0, 1, True),)
 
 
+def test_prompt_rows_are_delivered_once_a_token_was_sampled() -> None:
+    """b is preempted after its prompt was delivered: it comes back on its cached blocks, with one row of logits."""
+    scheduler = make(num_blocks=4)
+    add(scheduler, "a", 7, max_tokens=3)
+    b = add(scheduler, "b", 6, max_tokens=4, prompt_logprobs=1)
+    step(scheduler)
+    step(scheduler)
+    assert step(scheduler)[0] == [("a", 8, 1)]
+    assert b.num_preemptions == 1
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.scheduled == ((b, 4, 4, 0, 1, True),)
+
+
 def test_a_window_group_beside_a_full_one() -> None:
     """
     prompt of 10 in one chunk, blocks of 2        full  [0 1 2 3 4]       window 3  [-1 -1 -1 -1 4]

@@ -148,13 +148,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.model = FakeModel(config.groups)
         self.requests: list[Request] = []
         self.plan: StepPlan | None = None
+        self.num_before_batch = 0
 
     @rule(
         prefix=st.sampled_from(PREFIXES),
         rest=st.lists(st.integers(1, NUM_TOKENS - 1), max_size=6),
-        max_tokens=st.sampled_from([1, 3, 8, None]),
+        max_tokens=st.sampled_from([1, 3, 8, 16, None]),
         min_tokens=st.integers(0, 2),
-        ignore_eos=st.booleans(),
+        ignore_eos=st.sampled_from([True, True, False]),
         stop_token_ids=st.sampled_from([(), (3,)]),
         prompt_logprobs=st.sampled_from([None, None, None, 1]),
         cache_salt=st.sampled_from([None, None, None, "tenant"]),
@@ -190,25 +191,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             self.requests.append(request)
 
-    @precondition(lambda self: self.plan is None and self.scheduler.running)
-    @rule(data=st.data(), right=st.integers(0, 4), wrong=st.integers(0, 2))
-    def draft(self, data: st.DataObject, right: int, wrong: int) -> None:
-        request = data.draw(st.sampled_from(self.scheduler.running))
-        tokens = list(request.all_token_ids)
-        for _ in range(right):
-            tokens.append(next_token(tokens))
-        request.draft_token_ids = tokens[request.num_tokens :] + [EOS] * wrong
-
     @precondition(lambda self: self.plan is None)
-    @rule()
-    def schedule(self) -> None:
+    @rule(drafts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=4))
+    def schedule(self, drafts: list[tuple[int, int]]) -> None:
+        """Plan a step, with right and then wrong drafts for the first running requests."""
+        for request, (right, wrong) in zip(self.scheduler.running, drafts):
+            tokens = list(request.all_token_ids)
+            for _ in range(right):
+                tokens.append(next_token(tokens))
+            request.draft_token_ids = tokens[request.num_tokens :] + [NUM_TOKENS] * wrong
         had_work = self.scheduler.has_work
         before = {request.request_id: request for request in self.scheduler.running}
         decoding = {name for name, request in before.items() if not request.prefilling}
+        if not before:
+            self.num_before_batch = len(self.requests)
         self.plan = self.scheduler.schedule()
         assert (self.plan is not None) == had_work
         if self.plan is not None:
             self.check_plan(self.plan, before, decoding)
+
+    @precondition(lambda self: self.plan is None)
+    @rule(drafts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=4), count=st.integers(1, 8))
+    def steps(self, drafts: list[tuple[int, int]], count: int) -> None:
+        """Several steps in a row, so that requests grow old enough to run out of blocks."""
+        for _ in range(count):
+            self.schedule(drafts)
+            if self.plan is not None:
+                self.update(0)
+            self.agrees()
 
     def check_plan(self, plan: StepPlan, before: dict[str, Request], decoding: set[str]) -> None:
         config = self.config
@@ -219,8 +229,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not set(ids) & set(plan.preempted)
         if config.policy != "max_utilization":
             assert not plan.preempted
-        if config.policy == "static_batch" and before:
-            assert not decoding or all(name in before or self.batch_had(name) for name in ids)
+        for row in plan.scheduled:
+            if row.request.request_id not in before:
+                self.check_start(row.request)
         for row in plan.scheduled:
             assert row.start == row.request.num_computed_tokens
             assert 0 <= row.num_draft_tokens < row.num_tokens <= config.chunk_limit
@@ -233,9 +244,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             if row.request.needs_prompt_logits:
                 assert row.request.num_cached_tokens == 0
 
-    def batch_had(self, name: str) -> bool:
-        request = next(request for request in self.requests if request.request_id == name)
-        return request.arrival <= self.scheduler._policy._last_arrival  # type: ignore[attr-defined]
+    def check_start(self, request: Request) -> None:
+        if self.config.policy == "static_batch":
+            assert request in self.requests[: self.num_before_batch], "joined a running batch"
+        sibling = next((other for other in self.requests if other.request_id == request.wait_for), None)
+        if sibling is not None and not sibling.is_finished:
+            assert sibling.num_computed_tokens >= sibling.num_prompt_tokens, "started before its sibling's prompt"
+        assert all(request.arrival < other.arrival for other in self.scheduler.waiting), "overtook the queue"
 
     @precondition(lambda self: self.plan is not None)
     @rule(extra=st.sampled_from([0, 0, 0, 2]))
@@ -285,7 +300,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         for _ in range(2000):
             if self.plan is None:
-                self.schedule()
+                self.schedule([])
             if self.plan is None:
                 break
             self.update(0)
@@ -299,7 +314,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )
 
 
@@ -323,6 +338,7 @@ def test_a_crowd_in_tiny_pools_gets_its_lone_outputs(policy: str) -> None:
         requests.append(Request(f"r{number}", prompt, params, frozenset({EOS})))
         scheduler.add_request(requests[-1])
     while (plan := scheduler.schedule()) is not None:
+        assert plan.num_tokens == sum(row.num_tokens for row in plan.scheduled) <= 12
         scheduler.update(plan, model.run(plan, 0))
         scheduler.check_integrity()
     assert [request.output_token_ids for request in requests] == [lone_output(request) for request in requests]
