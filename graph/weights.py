@@ -8,18 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Recipe = dict[str, Any]
+"""{"source": name}, {"cast": recipe, "dtype": name}, {"transpose": recipe} or {"concatenate": [recipes], "dim": int}."""
+
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: shape, dtype and how to get it. `load` returns a CPU or device tensor of that shape and dtype."""
+    """One weight: shape, dtype and how to get it. `load` returns a CPU or device tensor of that shape and dtype.
+
+    recipe: how it is made from the model's own weights, as plain data (see `from_recipe`), so that a cached build can be
+    applied to other weights of the same model; None for a constant.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    recipe: Recipe | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -40,12 +49,19 @@ class Weight:
         if dtype == self.dtype:
             return self
         load = self.load
-        return Weight(self.shape, dtype, lambda: load().to(dtype))
+        recipe = None if self.recipe is None else {"cast": self.recipe, "dtype": str(dtype).removeprefix("torch.")}
+        return Weight(self.shape, dtype, lambda: load().to(dtype), recipe)
 
-    def map(self, shape: tuple[int, ...], function: Callable[[Tensor], Tensor]) -> Weight:
-        """The weight after `function`, which must return a tensor of `shape` in the same dtype."""
+    def transpose(self) -> Weight:
+        """A matrix with rows and columns exchanged."""
         load = self.load
-        return Weight(shape, self.dtype, lambda: function(load()))
+        rows, columns = self.shape
+        recipe = None if self.recipe is None else {"transpose": self.recipe}
+        return Weight((columns, rows), self.dtype, lambda: load().t().contiguous(), recipe)
+
+    def named(self, name: str) -> Weight:
+        """The weight as one of the model's own, under the name by which recipes refer to it."""
+        return Weight(self.shape, self.dtype, self.load, {"source": name})
 
 
 def concatenate(weights: list[Weight], dim: int = 0) -> Weight:
@@ -68,7 +84,20 @@ def concatenate(weights: list[Weight], dim: int = 0) -> Weight:
         assert out is not None
         return out
 
-    return Weight(tuple(shape), first.dtype, load)
+    recipes = [w.recipe for w in weights]
+    recipe = None if None in recipes else {"concatenate": recipes, "dim": dim}
+    return Weight(tuple(shape), first.dtype, load, recipe)
+
+
+def from_recipe(recipe: Recipe, sources: Mapping[str, Weight]) -> Weight:
+    """Makes a weight out of `sources` by a recipe; raises KeyError if a source is missing."""
+    if "source" in recipe:
+        return sources[recipe["source"]]
+    if "cast" in recipe:
+        return from_recipe(recipe["cast"], sources).cast(getattr(torch, recipe["dtype"]))
+    if "transpose" in recipe:
+        return from_recipe(recipe["transpose"], sources).transpose()
+    return concatenate([from_recipe(part, sources) for part in recipe["concatenate"]], recipe["dim"])
 
 
 class WeightMap(Mapping[str, Weight]):

@@ -135,7 +135,7 @@ def _from_module(module: nn.Module, dtype: torch.dtype) -> ModelSource:
     model = _meta_model(type(module), config, dtype)
     held = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
     weights = {}
-    for key, value in _named_tensors(model).items():
+    for key, value in model.state_dict().items():
         weights[key] = Weight.from_tensor(held[key]).cast(value.dtype)
     name = getattr(config, "_name_or_path", "") or config.model_type
     return _source(Path(name).name, model, weights, getattr(module, "generation_config", None), None)
@@ -148,6 +148,7 @@ def _source(name: str, model: nn.Module, weights: dict[str, Weight], generation:
     eos = eos if eos is not None else getattr(text, "eos_token_id", None)
     eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     limit = next((getattr(text, n) for n in POSITION_LIMITS if isinstance(getattr(text, n, None), int)), None)
+    weights = {key: weight.named(key) for key, weight in weights.items()}
     info = {
         "architecture": type(model).__name__, "model_type": text.model_type, "vocab_size": text.vocab_size,
         "config": config.to_diff_dict(),
@@ -204,10 +205,6 @@ def make_fake(module: nn.Module) -> FakeTensorMode:
     return mode
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
 def trace_decoder(source: ModelSource) -> Program:
     """Traces a decoder: inputs token_ids and positions [1, T] int64, output logits [1, T, vocabulary]. Raises CaptureError."""
     import inspect
@@ -215,7 +212,7 @@ def trace_decoder(source: ModelSource) -> Program:
     model: Any = source.model
     weights = dict(source.weights)
     for key, buffer in list(model.named_buffers(remove_duplicate=False)):
-        if key not in weights and buffer.device.type != "meta":
+        if key not in model.state_dict() and buffer.device.type != "meta":  # computed, not stored: a constant
             weights[key] = Weight.from_tensor(buffer.clone())
     fake_mode = make_fake(model)
     by_position = "position_ids" in inspect.signature(model.forward).parameters

@@ -71,7 +71,7 @@ def _addmm(program: Program, node: fx.Node) -> int:
         return 0
     stored = program.weights[spec.key]
     rows, columns = stored.shape
-    key = program.weights.add(f"{spec.key}.T", stored.map((columns, rows), lambda t: t.t().contiguous()))
+    key = program.weights.add(f"{spec.key}.T", stored.transpose())
     example = value(weight).new_empty((columns, rows))
     turned = program.add_input(f"{weight.name}_t", kind="weight", key=key, example=example)
     with program.graph.inserting_before(node):

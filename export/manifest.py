@@ -1,0 +1,118 @@
+"""The manifest: everything that an artifact says of itself, as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..graph.program import CacheSpec, LayerCache, PassRecord
+
+FORMAT_VERSION = 1
+"""Version of the artifact's layout. A reader refuses a higher one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What an engine is built for. Changing any field needs a new build, apart from those that say otherwise."""
+
+    target: str
+    """Name of the target that runs the segments."""
+    device: str
+    """Kind of device: "cpu" or "cuda"."""
+    dtype: str
+    """Compute and weight dtype: "float32", "bfloat16" or "float16"."""
+    max_seq_len: int
+    """Most tokens of one sequence, prompt and output."""
+    max_batch_tokens: int
+    """Most tokens in one step."""
+    max_sequences: int
+    """Most sequences in one step (no new build: a smaller number can be given when an engine is loaded)."""
+    block_size: int
+    """Tokens in a KV block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What serving needs to know of the model."""
+
+    name: str
+    architecture: str
+    model_type: str
+    vocab_size: int
+    """Width of the logits."""
+    eos_token_ids: tuple[int, ...]
+    max_positions: int | None
+    """Longest sequence that the model knows, in tokens."""
+    num_parameters: int
+    config: dict[str, Any] = field(default_factory=dict)
+    """The Hugging Face config, as it differs from the defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of manifest.json."""
+
+    format_version: int
+    camshaft_version: str
+    versions: dict[str, str]
+    hardware: dict[str, str]
+    build: BuildConfig
+    model: ModelFacts
+    cache: CacheSpec
+    passes: tuple[PassRecord, ...]
+    report: tuple[str, ...]
+    timings: dict[str, float]
+    """Seconds of each phase of the build."""
+    engines: dict[str, str]
+    """Segment id -> engine file, for segments that have one."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """Weight name -> safetensors file."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """File -> {"sha256": hex digits, "bytes": size}."""
+
+    def to_json(self) -> str:
+        """The manifest as JSON text."""
+        return json.dumps(dataclasses.asdict(self), indent=1, default=lambda value: str(value).removeprefix("torch."))
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> Manifest:
+        """Parses a manifest. Raises ValueError if it is damaged or of a newer format."""
+        advice = "build or copy the engine again"
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not whole JSON ({error}); {advice}") from error
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if not isinstance(version, int):
+            raise ValueError(f"{where} has no format_version; it is no Camshaft engine, or damaged: {advice}")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{where} has format {version}, this Camshaft reads up to {FORMAT_VERSION}; upgrade camshaft "
+                f"(the engine was written by {data.get('camshaft_version', 'a newer version')}) or build it again here"
+            )
+        try:
+            cache = data.pop("cache")
+            layers = tuple(LayerCache(**{**layer, "dtype": getattr(torch, layer["dtype"])}) for layer in cache["layers"])
+            model = data.pop("model")
+            return cls(
+                build=BuildConfig(**data.pop("build")),
+                model=ModelFacts(**{**model, "eos_token_ids": tuple(model["eos_token_ids"])}),
+                cache=CacheSpec(layers=layers, block_size=cache["block_size"]),
+                passes=tuple(PassRecord(**record) for record in data.pop("passes")), report=tuple(data.pop("report")), **data,
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}); {advice}") from error
+
+
+def hardware_of(device: torch.device) -> dict[str, str]:
+    """What an engine depends on: kind, name and compute capability of a GPU; machine and vector ISA of a CPU."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return {"device": "cuda", "name": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}
+    return {"device": "cpu", "machine": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
