@@ -1,1 +1,30 @@
+"""Camshaft compiles PyTorch language models ahead of time into small engines, and serves them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .api import compile, load
+    from .export.engine import Engine
+    from .runtime import LLM, RequestOutput, SamplingParams
+
+_HOME = {
+    "compile": ".api", "load": ".api", "Engine": ".export.engine", "LLM": ".runtime", "SamplingParams": ".runtime",
+    "RequestOutput": ".runtime",
+}
+
+__all__ = ["LLM", "Engine", "RequestOutput", "SamplingParams", "__version__", "compile", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module 'camshaft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

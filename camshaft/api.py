@@ -1,0 +1,115 @@
+"""`camshaft.compile` and `camshaft.load`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from .export.build import Progress
+    from .export.engine import Engine
+
+
+def compile(
+    model: Any,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    target: str = "auto",
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_seq_len: int | None = None,
+    max_batch_tokens: int | None = None,
+    max_sequences: int | None = None,
+    block_size: int = 16,
+    cache: bool = True,
+    verify: bool = False,
+    dump_dir: str | Path | None = None,
+    dynamic_shapes: Any = None,
+    progress: bool | None = None,
+) -> Any:
+    """Compiles a decoder into an `Engine`, or any module with example inputs into a callable.
+
+    Args:
+        model: a Hugging Face directory or hub id, "demo" for the bundled model, a Transformers causal LM in memory, or (with
+            `example_inputs`) any nn.Module.
+        example_inputs: tensors for the module's forward; a callable `CompiledModule` is returned instead of an Engine.
+        target: "auto" (measured), "eager", "inductor" (CPU, CUDA) or "onnxruntime" (CPU).
+        device: "cpu" or "cuda"; None: CUDA where torch sees a GPU.
+        dtype: of weights and computation: "float32", "bfloat16", "float16"; None: bfloat16 on CUDA, float32 on the CPU.
+        max_seq_len: most tokens of one sequence, prompt and output; None: what the model knows, at most 4,096.
+        max_batch_tokens: most tokens in one step; None: 8,192 on CUDA, 1,024 on the CPU.
+        max_sequences: most sequences in one step; None: 256 on CUDA, 64 on the CPU.
+        block_size: tokens in a KV block.
+        cache: reuse an equal build, and keep this one for the next ($CAMSHAFT_CACHE or ~/.cache/camshaft).
+        verify: run the program after each pass on the CPU and record the error in the pass table.
+        dump_dir: write the graph before and after each pass there ($CAMSHAFT_DUMP does the same).
+        dynamic_shapes: for a module: as `torch.export` takes them.
+        progress: show a progress bar; None: where the output is a terminal.
+
+    Raises:
+        ValueError: a model, checkpoint or number that does not fit; the message says what is allowed.
+        camshaft.graph.capture.CaptureError: a model that cannot be traced; it names the module or operator in the way.
+    """
+    if example_inputs is not None:
+        from .export.module import compile_module
+
+        return compile_module(model, example_inputs, target=target, device=device, dynamic_shapes=dynamic_shapes)
+    from .export.build import BuildRequest, build_engine, is_decoder
+
+    if model == "demo":
+        from .models import demo
+
+        model = demo.path()
+    if not is_decoder(model):
+        raise ValueError(f"{type(model).__name__} is no Transformers causal LM; give example_inputs to compile it as a module")
+    dump = dump_dir or os.environ.get("CAMSHAFT_DUMP") or None
+    request = BuildRequest(
+        target=target, device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences, block_size=block_size, use_cache=cache, verify=verify, dump_dir=Path(dump) if dump else None,
+    )
+    with progress_bar(progress) as report:
+        return build_engine(model, request, report)
+
+
+def load(path: str | Path, *, max_sequences: int | None = None, verify: bool = True, rebuild: bool = False) -> Engine:
+    """Opens a saved engine; needs neither the checkpoint nor Transformers.
+
+    Args:
+        path: the directory that `Engine.save` wrote.
+        max_sequences: a smaller limit than the engine was built for.
+        verify: compare every file with its sha256.
+        rebuild: lower the segments again for this machine, from the graphs in the artifact.
+
+    Raises:
+        ValueError: no engine, a damaged file, a newer format, or versions or hardware that do not fit; it names the fix.
+    """
+    from .export.artifact import load_engine
+
+    return load_engine(path, max_sequences=max_sequences, verify=verify, rebuild=rebuild)
+
+
+@contextmanager
+def progress_bar(show: bool | None) -> Iterator[Progress | None]:
+    """A progress function that draws a bar on stderr, or None; `show` None means: where stderr is a terminal."""
+    import sys
+
+    if not (sys.stderr.isatty() if show is None else show):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+    ) as bar:
+        task = bar.add_task("compiling", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        yield report

@@ -1,0 +1,237 @@
+"""The build: model -> Program -> passes -> segments -> engines. The compiler's half of `camshaft.compile`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .. import __version__
+from ..graph.program import Program
+from ..graph.verify import verify_packed
+from ..models.huggingface import ModelSource, open_model, trace_decoder
+from ..passes.manager import PassManager
+from ..passes.pipeline import decoder_passes
+from . import cache
+from .choose import choose_target
+from .engine import Engine
+from .lower import lower_plan
+from .manifest import FORMAT_VERSION, BuildConfig, Manifest, ModelFacts, hardware_of
+from .partition import partition
+from .targets.base import available_targets, get_target
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_MAX_SEQ_LEN = 4096
+"""Longest sequence that an engine is built for unless told otherwise, in tokens (less where the model knows less)."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What was asked for, before defaults depend on the model and the machine; see `camshaft.compile`."""
+
+    target: str = "auto"
+    device: str | None = None
+    dtype: str | torch.dtype | None = None
+    max_seq_len: int | None = None
+    max_batch_tokens: int | None = None
+    max_sequences: int | None = None
+    block_size: int = 16
+    use_cache: bool = True
+    verify: bool = False
+    dump_dir: Path | None = None
+
+
+def resolve_device(name: str | torch.device | None) -> torch.device:
+    """The device to build for: CUDA where torch sees a GPU, else the CPU. Raises ValueError for one that is not there."""
+    device = torch.device(name) if name is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; allowed: 'cpu', 'cuda'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees no CUDA device; use device='cpu', or install a CUDA build of torch")
+    return torch.device(device.type)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The compute dtype: bfloat16 on CUDA, float32 on the CPU unless told otherwise. Raises ValueError for an unknown one."""
+    if dtype is None or dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name}; allowed: {', '.join(DTYPES)}, auto")
+    return DTYPES[name]
+
+
+def build_engine(model: Any, request: BuildRequest, progress: Progress | None = None) -> Engine:
+    """Compiles a decoder; see `camshaft.compile`."""
+    timer = _Timer(progress)
+    device = resolve_device(request.device)
+    dtype = resolve_dtype(request.dtype, device)
+    timer.begin("opening the model")
+    source = open_model(model, dtype)
+    config = _config(request, source, device, dtype)
+    key = cache.build_key(_identity(source, config, request))
+    if request.use_cache and not request.verify and request.dump_dir is None:
+        engine = cache.find(key, source.weights, source.tokenizer_dir)
+        if engine is not None:
+            timer.end()
+            engine.manifest = replace(engine.manifest, timings={**timer.seconds, "cached": 1.0})
+            logger.info("%s: build %s reused from the cache", source.name, key)
+            return engine
+    timer.begin("tracing")
+    program = trace_decoder(source)
+    timer.begin("passes")
+    program = _run_passes(program, config, request)
+    verify_packed(program)
+    facts = _facts(source, program)
+    return _lower(program, source, config, facts, key, request, timer)
+
+
+def _run_passes(program: Program, config: BuildConfig, request: BuildRequest) -> Program:
+    compare = None
+    if request.verify:
+        from ..graph.numerics import Comparison
+
+        compare = Comparison(program)
+    manager = PassManager(decoder_passes(block_size=config.block_size), dump_dir=request.dump_dir, compare=compare)
+    return manager.run(program)
+
+
+def _lower(
+    program: Program, source: ModelSource, config: BuildConfig, facts: ModelFacts, key: str, request: BuildRequest, timer: _Timer,
+) -> Engine:
+    device = torch.device(config.device)
+    assert program.cache is not None
+    work = Path(tempfile.mkdtemp(prefix="camshaft-build-"))
+    try:
+        timer.begin("choosing the target" if config.target == "auto" else "partitioning")
+        report: list[str] = []
+        if config.target == "auto":
+            name, report = choose_target(program, device, config)
+            config = replace(config, target=name)
+        plan = partition(program, get_target(config.target).supports)
+        timer.begin("lowering")
+        engines = lower_plan(plan, config.target, device, work / "engines", config.max_batch_tokens, timer.progress)
+        timer.end()
+        versions = {"torch": str(torch.__version__), "transformers": _version("transformers"), **get_target(config.target).versions()}
+        manifest = Manifest(
+            format_version=FORMAT_VERSION, camshaft_version=__version__, versions=versions, hardware=hardware_of(device),
+            build=config, model=facts, cache=program.cache, passes=program.history, report=tuple([*report, *plan.report]),
+            timings=timer.seconds, engines=engines,
+        )
+        if request.use_cache:
+            entry = cache.store(key, manifest, plan, program.weights, work / "engines")
+            return Engine(manifest, plan, program.weights, entry / "engines", source.tokenizer_dir)
+        kept = Path(tempfile.mkdtemp(prefix="camshaft-engines-"))
+        shutil.copytree(work / "engines", kept, dirs_exist_ok=True)
+        return Engine(manifest, plan, program.weights, kept, source.tokenizer_dir)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _config(request: BuildRequest, source: ModelSource, device: torch.device, dtype: torch.dtype) -> BuildConfig:
+    """Fills in defaults and checks the numbers. Raises ValueError."""
+    limit = source.max_positions
+    max_seq_len = request.max_seq_len or min(limit or DEFAULT_MAX_SEQ_LEN, DEFAULT_MAX_SEQ_LEN)
+    if limit is not None and max_seq_len > limit:
+        raise ValueError(f"max_seq_len is {max_seq_len}, but {source.name} knows {limit} positions; give at most {limit}")
+    on_gpu = device.type == "cuda"
+    max_batch_tokens = request.max_batch_tokens or (8192 if on_gpu else 1024)
+    max_sequences = request.max_sequences or min(256 if on_gpu else 64, max_batch_tokens)
+    for name, number, low in (
+        ("max_seq_len", max_seq_len, 2), ("max_batch_tokens", max_batch_tokens, 2), ("max_sequences", max_sequences, 1),
+        ("block_size", request.block_size, 1),
+    ):
+        if number < low:
+            raise ValueError(f"{name} is {number}; allowed: {low} or more")
+    if max_sequences > max_batch_tokens:
+        raise ValueError(f"max_sequences is {max_sequences}, more than max_batch_tokens ({max_batch_tokens}); every sequence needs a token a step")
+    if request.target != "auto":
+        reason = get_target(request.target).unavailable(device)
+        if reason is not None:
+            usable = [name for name, why in available_targets(device).items() if why is None]
+            raise ValueError(f"target {request.target} cannot run on {device.type}: {reason}. Targets that can: {', '.join(usable)}, auto")
+    return BuildConfig(
+        target=request.target, device=device.type, dtype=str(dtype).removeprefix("torch."), max_seq_len=max_seq_len,
+        max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, block_size=request.block_size,
+    )
+
+
+def _identity(source: ModelSource, config: BuildConfig, request: BuildRequest) -> dict[str, Any]:
+    """Everything that decides what a build looks like, weights' values aside."""
+    model: Any = source.model
+    buffers = {
+        name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)
+        if buffer.device.type != "meta" and name not in model.state_dict()
+    }
+    device = torch.device(config.device)
+    return {
+        "camshaft": cache.source_fingerprint(), "torch": str(torch.__version__), "transformers": _version("transformers"),
+        "targets": {name: get_target(name).versions() for name, why in available_targets(device).items() if why is None},
+        "hardware": hardware_of(device), "build": vars(config), "class": type(model).__qualname__,
+        "config": model.config.to_dict(), "weights": {n: [list(w.shape), str(w.dtype)] for n, w in source.weights.items()},
+        "constants": cache.constant_digest(buffers), "name": source.name, "eos": source.eos_token_ids,
+    }
+
+
+def _facts(source: ModelSource, program: Program) -> ModelFacts:
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    logits: fx.Node = output.args[0][0]  # type: ignore[index, assignment]
+    info = source.info
+    return ModelFacts(
+        name=source.name, architecture=info["architecture"], model_type=info["model_type"], config=info["config"],
+        vocab_size=int(logits.meta["val"].shape[-1]), eos_token_ids=source.eos_token_ids, max_positions=source.max_positions,
+        num_parameters=sum(_count(program.weights[spec.key].shape) for _, spec in program.placeholders("weight")),
+    )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+class _Timer:
+    """Wall time of each phase, in seconds, told to a progress function."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self.progress = progress
+        self._name: str | None = None
+        self._start = 0.0
+
+    def begin(self, name: str) -> None:
+        """Ends the phase that runs and begins another."""
+        self.end()
+        self._name, self._start = name, time.perf_counter()
+        if self.progress is not None:
+            self.progress(name, 0, 0)
+
+    def end(self) -> None:
+        """Ends the phase that runs."""
+        if self._name is not None:
+            self.seconds[self._name] = round(time.perf_counter() - self._start, 4)
+            self._name = None
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether `model` is what `build_engine` takes: a path, a hub id or a Transformers model."""
+    return not isinstance(model, nn.Module) or hasattr(model, "config") and hasattr(model, "get_output_embeddings")
