@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from .runtime import LLM, RequestOutput, SamplingParams
 
 _HOME = {
-    "compile": ".api", "load": ".api", "Engine": ".export.engine", "LLM": ".runtime", "SamplingParams": ".runtime",
+    "compile": ".api",
+    "load": ".api",
+    "Engine": ".export.engine",
+    "LLM": ".runtime",
+    "SamplingParams": ".runtime",
     "RequestOutput": ".runtime",
 }
 

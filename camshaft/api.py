@@ -66,11 +66,21 @@ def compile(
 
         model = demo.path()
     if not is_decoder(model):
-        raise ValueError(f"{type(model).__name__} is no Transformers causal LM; give example_inputs to compile it as a module")
+        raise ValueError(
+            f"{type(model).__name__} is no Transformers causal LM; give example_inputs to compile it as a module"
+        )
     dump = dump_dir or os.environ.get("CAMSHAFT_DUMP") or None
     request = BuildRequest(
-        target=target, device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch_tokens=max_batch_tokens,
-        max_sequences=max_sequences, block_size=block_size, use_cache=cache, verify=verify, dump_dir=Path(dump) if dump else None,
+        target=target,
+        device=device,
+        dtype=dtype,
+        max_seq_len=max_seq_len,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        block_size=block_size,
+        use_cache=cache,
+        verify=verify,
+        dump_dir=Path(dump) if dump else None,
     )
     with progress_bar(progress) as report:
         return build_engine(model, request, report)
@@ -105,7 +115,12 @@ def progress_bar(show: bool | None) -> Iterator[Progress | None]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
     ) as bar:
         task = bar.add_task("compiling", total=None)
 

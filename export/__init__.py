@@ -6,7 +6,10 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "Engine": ".engine", "load_engine": ".artifact", "is_artifact": ".artifact", "build_engine": ".build",
+    "Engine": ".engine",
+    "load_engine": ".artifact",
+    "is_artifact": ".artifact",
+    "build_engine": ".build",
     "BuildRequest": ".build",
 }
 

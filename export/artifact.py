@@ -1,10 +1,10 @@
 """The artifact on disk: written whole or not at all, checked before it is used.
 
-    ENGINE/manifest.json            versions, hardware, build, passes, sha256 of every other file
-    ENGINE/plan.json                the graphs of all segments, and the steps
-    ENGINE/engines/SEGMENT.EXT      one small engine per distinct segment
-    ENGINE/weights-00001.safetensors ...
-    ENGINE/tokenizer/...            tokenizer.json, tokenizer_config.json, chat_template.jinja
+ENGINE/manifest.json            versions, hardware, build, passes, sha256 of every other file
+ENGINE/plan.json                the graphs of all segments, and the steps
+ENGINE/engines/SEGMENT.EXT      one small engine per distinct segment
+ENGINE/weights-00001.safetensors ...
+ENGINE/tokenizer/...            tokenizer.json, tokenizer_config.json, chat_template.jinja
 """
 
 from __future__ import annotations
@@ -35,12 +35,27 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 1 << 30
 """Size from which a new weights file is begun, in bytes."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 _ST_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
 
 
@@ -58,7 +73,9 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     path = path.absolute()
     if path.exists() and not (overwrite and (is_artifact(path) or not any(path.iterdir()))):
-        kind = "an engine; pass overwrite=True to replace it" if is_artifact(path) else "not an engine; give another path"
+        kind = (
+            "an engine; pass overwrite=True to replace it" if is_artifact(path) else "not an engine; give another path"
+        )
         raise ValueError(f"{path} exists and is {kind}")
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.partial"):
@@ -98,7 +115,9 @@ def write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
     offset = 0
     for name, weight in weights.items():
         header[name] = {
-            "dtype": _ST_DTYPES[weight.dtype], "shape": list(weight.shape), "data_offsets": [offset, offset + weight.num_bytes]
+            "dtype": _ST_DTYPES[weight.dtype],
+            "shape": list(weight.shape),
+            "data_offsets": [offset, offset + weight.num_bytes],
         }
         offset += weight.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -111,7 +130,7 @@ def write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
                 raise ValueError(
                     f"weight {name!r} was read as {list(tensor.shape)} {tensor.dtype}, declared as {list(weight.shape)} {weight.dtype}"
                 )
-            file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _shards(weights: Mapping[str, Weight]) -> Iterator[dict[str, Weight]]:
@@ -152,7 +171,9 @@ def copy_tokenizer(source: Path, destination: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
-    if not (destination / "tokenizer.json").is_file() and any((source / n).is_file() for n in ("tokenizer.model", "vocab.json", "spiece.model")):
+    if not (destination / "tokenizer.json").is_file() and any(
+        (source / n).is_file() for n in ("tokenizer.model", "vocab.json", "spiece.model")
+    ):
         from transformers import AutoTokenizer
 
         AutoTokenizer.from_pretrained(source, use_fast=True).save_pretrained(destination)
@@ -165,7 +186,8 @@ def _file_table(work: Path) -> dict[str, dict[str, Any]]:
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(file_digest, files))
     return {
-        str(path.relative_to(work)): {"sha256": digest, "bytes": path.stat().st_size} for path, digest in zip(files, digests)
+        str(path.relative_to(work)): {"sha256": digest, "bytes": path.stat().st_size}
+        for path, digest in zip(files, digests)
     }
 
 
@@ -176,7 +198,9 @@ def file_digest(path: Path) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
-def load_engine(path: str | Path, *, max_sequences: int | None = None, verify: bool = True, rebuild: bool = False) -> Engine:
+def load_engine(
+    path: str | Path, *, max_sequences: int | None = None, verify: bool = True, rebuild: bool = False
+) -> Engine:
     """Opens a saved engine.
 
     max_sequences: a smaller limit than the engine was built for. verify: compare every file with its sha256 (sizes are
@@ -186,16 +210,22 @@ def load_engine(path: str | Path, *, max_sequences: int | None = None, verify: b
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"there is no engine directory {path}; build one with camshaft.compile(...).save(path) or `camshaft build`")
+        raise ValueError(
+            f"there is no engine directory {path}; build one with camshaft.compile(...).save(path) or `camshaft build`"
+        )
     if not (path / "manifest.json").is_file():
-        raise ValueError(f"{path} has no manifest.json; it is no Camshaft engine (a Hugging Face model is compiled with camshaft.compile)")
+        raise ValueError(
+            f"{path} has no manifest.json; it is no Camshaft engine (a Hugging Face model is compiled with camshaft.compile)"
+        )
     manifest = Manifest.from_json((path / "manifest.json").read_text(), path / "manifest.json")
     _check_files(path, manifest, verify)
     if not rebuild:
         check_fit(manifest)
     if max_sequences is not None:
         if not 0 < max_sequences <= manifest.build.max_sequences:
-            raise ValueError(f"max_sequences is {max_sequences}; allowed: 1 to {manifest.build.max_sequences}, what the engine was built for")
+            raise ValueError(
+                f"max_sequences is {max_sequences}; allowed: 1 to {manifest.build.max_sequences}, what the engine was built for"
+            )
         manifest = dataclasses.replace(manifest, build=dataclasses.replace(manifest.build, max_sequences=max_sequences))
     plan = Plan.from_json(json.loads((path / "plan.json").read_text()))
     weights = _stored_weights(path, manifest)
@@ -220,13 +250,21 @@ def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
             return f"{name} does not have the sha256 that the manifest names"
         return None
 
-    for name in ("plan.json", *set(manifest.weights.values()), *(f"engines/{file}" for file in manifest.engines.values())):
+    for name in (
+        "plan.json",
+        *set(manifest.weights.values()),
+        *(f"engines/{file}" for file in manifest.engines.values()),
+    ):
         if name not in manifest.files:
-            raise ValueError(f"{path}/manifest.json does not list {name}; it is damaged: build or copy the engine again")
+            raise ValueError(
+                f"{path}/manifest.json does not list {name}; it is damaged: build or copy the engine again"
+            )
     with ThreadPoolExecutor() as pool:
         problems = [problem for problem in pool.map(check, manifest.files.items()) if problem is not None]
     if problems:
-        raise ValueError(f"the engine at {path} is damaged: {'; '.join(problems[:3])}. Copy it again, or build it again")
+        raise ValueError(
+            f"the engine at {path} is damaged: {'; '.join(problems[:3])}. Copy it again, or build it again"
+        )
 
 
 def check_fit(manifest: Manifest) -> None:
@@ -234,7 +272,9 @@ def check_fit(manifest: Manifest) -> None:
     build = manifest.build
     fix = "build it again here, or load it with rebuild=True, which lowers it again from its own graphs"
     if build.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"the engine was built for {manifest.hardware.get('name', 'a GPU')}; torch sees no CUDA device here: {fix} (target on the CPU)")
+        raise ValueError(
+            f"the engine was built for {manifest.hardware.get('name', 'a GPU')}; torch sees no CUDA device here: {fix} (target on the CPU)"
+        )
     device = torch.device(build.device)
     reason = get_target(build.target).unavailable(device)
     if reason is not None:
@@ -243,10 +283,14 @@ def check_fit(manifest: Manifest) -> None:
         here = hardware_of(device)
         for key in ("machine", "capability"):
             if manifest.hardware.get(key) != here.get(key):
-                raise ValueError(f"the engine was built for {key} {manifest.hardware.get(key)}, this machine has {here.get(key)}: {fix}")
+                raise ValueError(
+                    f"the engine was built for {key} {manifest.hardware.get(key)}, this machine has {here.get(key)}: {fix}"
+                )
         for package, version in get_target(build.target).versions().items():
             if manifest.versions.get(package) != version:
-                raise ValueError(f"the engine was built with {package} {manifest.versions.get(package)}, here is {version}: {fix}")
+                raise ValueError(
+                    f"the engine was built with {package} {manifest.versions.get(package)}, here is {version}: {fix}"
+                )
 
 
 def _stored_weights(path: Path, manifest: Manifest) -> dict[str, Weight]:
@@ -261,7 +305,9 @@ def _stored_weights(path: Path, manifest: Manifest) -> dict[str, Weight]:
                 handles[file] = safe_open(path / file, framework="pt")
             part = handles[file].get_slice(name)
         except SafetensorError as error:
-            raise ValueError(f"the engine at {path} is damaged: {file}: {error}. Copy it again, or build it again") from error
+            raise ValueError(
+                f"the engine at {path} is damaged: {file}: {error}. Copy it again, or build it again"
+            ) from error
 
         def load(file: str = file, name: str = name) -> Tensor:
             return handles[file].get_tensor(name)

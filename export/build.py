@@ -59,7 +59,9 @@ def resolve_device(name: str | torch.device | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device}; allowed: 'cpu', 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no CUDA device; use device='cpu', or install a CUDA build of torch")
+        raise ValueError(
+            "device is cuda, but torch sees no CUDA device; use device='cpu', or install a CUDA build of torch"
+        )
     return torch.device(device.type)
 
 
@@ -109,7 +111,13 @@ def _run_passes(program: Program, config: BuildConfig, request: BuildRequest) ->
 
 
 def _lower(
-    program: Program, source: ModelSource, config: BuildConfig, facts: ModelFacts, key: str, request: BuildRequest, timer: _Timer,
+    program: Program,
+    source: ModelSource,
+    config: BuildConfig,
+    facts: ModelFacts,
+    key: str,
+    request: BuildRequest,
+    timer: _Timer,
 ) -> Engine:
     device = torch.device(config.device)
     assert program.cache is not None
@@ -124,11 +132,23 @@ def _lower(
         timer.begin("lowering")
         engines = lower_plan(plan, config.target, device, work / "engines", config.max_batch_tokens, timer.progress)
         timer.end()
-        versions = {"torch": str(torch.__version__), "transformers": _version("transformers"), **get_target(config.target).versions()}
+        versions = {
+            "torch": str(torch.__version__),
+            "transformers": _version("transformers"),
+            **get_target(config.target).versions(),
+        }
         manifest = Manifest(
-            format_version=FORMAT_VERSION, camshaft_version=__version__, versions=versions, hardware=hardware_of(device),
-            build=config, model=facts, cache=program.cache, passes=program.history, report=tuple([*report, *plan.report]),
-            timings=timer.seconds, engines=engines,
+            format_version=FORMAT_VERSION,
+            camshaft_version=__version__,
+            versions=versions,
+            hardware=hardware_of(device),
+            build=config,
+            model=facts,
+            cache=program.cache,
+            passes=program.history,
+            report=tuple([*report, *plan.report]),
+            timings=timer.seconds,
+            engines=engines,
         )
         if request.use_cache:
             entry = cache.store(key, manifest, plan, program.weights, work / "engines")
@@ -151,26 +171,39 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
     limit = source.max_positions
     max_seq_len = request.max_seq_len or min(limit or DEFAULT_MAX_SEQ_LEN, DEFAULT_MAX_SEQ_LEN)
     if limit is not None and max_seq_len > limit:
-        raise ValueError(f"max_seq_len is {max_seq_len}, but {source.name} knows {limit} positions; give at most {limit}")
+        raise ValueError(
+            f"max_seq_len is {max_seq_len}, but {source.name} knows {limit} positions; give at most {limit}"
+        )
     on_gpu = device.type == "cuda"
     max_batch_tokens = request.max_batch_tokens or (8192 if on_gpu else 1024)
     max_sequences = request.max_sequences or min(256 if on_gpu else 64, max_batch_tokens)
     for name, number, low in (
-        ("max_seq_len", max_seq_len, 2), ("max_batch_tokens", max_batch_tokens, 2), ("max_sequences", max_sequences, 1),
+        ("max_seq_len", max_seq_len, 2),
+        ("max_batch_tokens", max_batch_tokens, 2),
+        ("max_sequences", max_sequences, 1),
         ("block_size", request.block_size, 1),
     ):
         if number < low:
             raise ValueError(f"{name} is {number}; allowed: {low} or more")
     if max_sequences > max_batch_tokens:
-        raise ValueError(f"max_sequences is {max_sequences}, more than max_batch_tokens ({max_batch_tokens}); every sequence needs a token a step")
+        raise ValueError(
+            f"max_sequences is {max_sequences}, more than max_batch_tokens ({max_batch_tokens}); every sequence needs a token a step"
+        )
     if request.target != "auto":
         reason = get_target(request.target).unavailable(device)
         if reason is not None:
             usable = [name for name, why in available_targets(device).items() if why is None]
-            raise ValueError(f"target {request.target} cannot run on {device.type}: {reason}. Targets that can: {', '.join(usable)}, auto")
+            raise ValueError(
+                f"target {request.target} cannot run on {device.type}: {reason}. Targets that can: {', '.join(usable)}, auto"
+            )
     return BuildConfig(
-        target=request.target, device=device.type, dtype=str(dtype).removeprefix("torch."), max_seq_len=max_seq_len,
-        max_batch_tokens=max_batch_tokens, max_sequences=max_sequences, block_size=request.block_size,
+        target=request.target,
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        max_seq_len=max_seq_len,
+        max_batch_tokens=max_batch_tokens,
+        max_sequences=max_sequences,
+        block_size=request.block_size,
     )
 
 
@@ -178,26 +211,41 @@ def _identity(source: ModelSource, config: BuildConfig, request: BuildRequest) -
     """Everything that decides what a build looks like, weights' values aside."""
     model: Any = source.model
     buffers = {
-        name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
         if buffer.device.type != "meta" and name not in model.state_dict()
     }
     device = torch.device(config.device)
     return {
-        "camshaft": cache.source_fingerprint(), "torch": str(torch.__version__), "transformers": _version("transformers"),
-        "targets": {name: get_target(name).versions() for name, why in available_targets(device).items() if why is None},
-        "hardware": hardware_of(device), "build": vars(config), "class": type(model).__qualname__,
-        "config": model.config.to_dict(), "weights": {n: [list(w.shape), str(w.dtype)] for n, w in source.weights.items()},
-        "constants": cache.constant_digest(buffers), "name": source.name, "eos": source.eos_token_ids,
+        "camshaft": cache.source_fingerprint(),
+        "torch": str(torch.__version__),
+        "transformers": _version("transformers"),
+        "targets": {
+            name: get_target(name).versions() for name, why in available_targets(device).items() if why is None
+        },
+        "hardware": hardware_of(device),
+        "build": vars(config),
+        "class": type(model).__qualname__,
+        "config": model.config.to_dict(),
+        "weights": {n: [list(w.shape), str(w.dtype)] for n, w in source.weights.items()},
+        "constants": cache.constant_digest(buffers),
+        "name": source.name,
+        "eos": source.eos_token_ids,
     }
 
 
 def _facts(source: ModelSource, program: Program) -> ModelFacts:
     output = next(node for node in program.graph.nodes if node.op == "output")
-    logits: fx.Node = output.args[0][0]  # type: ignore[index, assignment]
+    logits: fx.Node = output.args[0][0]
     info = source.info
     return ModelFacts(
-        name=source.name, architecture=info["architecture"], model_type=info["model_type"], config=info["config"],
-        vocab_size=int(logits.meta["val"].shape[-1]), eos_token_ids=source.eos_token_ids, max_positions=source.max_positions,
+        name=source.name,
+        architecture=info["architecture"],
+        model_type=info["model_type"],
+        config=info["config"],
+        vocab_size=int(logits.meta["val"].shape[-1]),
+        eos_token_ids=source.eos_token_ids,
+        max_positions=source.max_positions,
         num_parameters=sum(_count(program.weights[spec.key].shape) for _, spec in program.placeholders("weight")),
     )
 

@@ -1,7 +1,7 @@
 """The build cache: lowered programs by what they were built from. No weights are in it, so an entry is small.
 
-    $CAMSHAFT_CACHE or ~/.cache/camshaft
-      builds/KEY/manifest.json  plan.json  recipes.json  constants.safetensors  engines/...
+$CAMSHAFT_CACHE or ~/.cache/camshaft
+  builds/KEY/manifest.json  plan.json  recipes.json  constants.safetensors  engines/...
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def find(key: str, sources: Mapping[str, Weight], tokenizer: Path | None) -> Eng
 
     constants = [name for name, recipe in recipes.items() if recipe is None]
     fixed = _stored_weights(entry, replace(manifest, weights=dict.fromkeys(constants, "constants.safetensors")))
-    weights = {name: from_recipe(recipe, sources) if recipe is not None else fixed[name] for name, recipe in recipes.items()}
+    weights = {
+        name: from_recipe(recipe, sources) if recipe is not None else fixed[name] for name, recipe in recipes.items()
+    }
     return Engine(manifest, plan, weights, entry / "engines", tokenizer)
 
 

@@ -34,7 +34,9 @@ def choose_target(program: Program, device: torch.device, config: BuildConfig) -
     if config.dtype == "float32" and get_target("onnxruntime").unavailable(device) is None:
         candidates.append("onnxruntime")
     if len(candidates) == 1:
-        return candidates[0], ["auto: eager is the only candidate (onnxruntime is not installed, or the dtype is not float32)"]
+        return candidates[0], [
+            "auto: eager is the only candidate (onnxruntime is not installed, or the dtype is not float32)"
+        ]
     times: dict[str, dict[int, float]] = {}
     report = []
     for name in candidates:
@@ -43,7 +45,9 @@ def choose_target(program: Program, device: torch.device, config: BuildConfig) -
         except LoweringError as error:
             report.append(f"auto: {name} is out: {error}")
     best = min(times, key=lambda name: sum(times[name][t] / times["eager"][t] for t in TOKENS))
-    table = "; ".join(f"{name} " + ", ".join(f"{1e3 * s:.2f} ms at {t}" for t, s in row.items()) for name, row in times.items())
+    table = "; ".join(
+        f"{name} " + ", ".join(f"{1e3 * s:.2f} ms at {t}" for t, s in row.items()) for name, row in times.items()
+    )
     return best, [*report, f"auto: {best} (one layer segment, tokens: {table})"]
 
 
@@ -61,7 +65,9 @@ def _time(program: Program, name: str, device: torch.device, config: BuildConfig
         bound = target.load(segment, engine, device).bind(weights)
         result = {}
         for tokens in TOKENS:
-            inputs = [torch.randn(t.shape) if t.is_floating_point() else t for t in example_inputs(segment, device, tokens)][: segment.num_inputs]
+            inputs = [
+                torch.randn(t.shape) if t.is_floating_point() else t for t in example_inputs(segment, device, tokens)
+            ][: segment.num_inputs]
             seconds = []
             with torch.inference_mode():
                 for _ in range(REPEATS + 3):

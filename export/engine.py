@@ -40,7 +40,12 @@ class Engine:
     """
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, weights: Mapping[str, Weight], engine_dir: Path, tokenizer_path: Path | None,
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        weights: Mapping[str, Weight],
+        engine_dir: Path,
+        tokenizer_path: Path | None,
     ) -> None:
         self.manifest = manifest
         self.plan = plan
@@ -98,7 +103,9 @@ class Engine:
         """The groups of layers that share a block table."""
         cache = self.manifest.cache
         return tuple(
-            CacheGroupSpec(window=window, bytes_per_block=cache.bytes_per_block(group), num_layers=len(cache.layers_of(group)))
+            CacheGroupSpec(
+                window=window, bytes_per_block=cache.bytes_per_block(group), num_layers=len(cache.layers_of(group))
+            )
             for group, window in enumerate(cache.windows)
         )
 
@@ -119,15 +126,19 @@ class Engine:
         """Allocates the KV tensors, one number of blocks per cache group: [blocks, block_size, heads, D] per layer."""
         cache = self.manifest.cache
         if len(num_blocks) != len(cache.windows):
-            raise ValueError(f"{len(num_blocks)} numbers of blocks for {len(cache.windows)} cache groups; give one each")
+            raise ValueError(
+                f"{len(num_blocks)} numbers of blocks for {len(cache.windows)} cache groups; give one each"
+            )
         executor = self.prepare()
         executor.caches = []
         for index, layer in enumerate(cache.layers):
             shape = (num_blocks[cache.group_of(index)], cache.block_size, layer.num_kv_heads)
-            executor.caches.append((
-                torch.zeros((*shape, layer.head_dim), dtype=layer.dtype, device=self.device),
-                torch.zeros((*shape, layer.value_dim), dtype=layer.dtype, device=self.device),
-            ))
+            executor.caches.append(
+                (
+                    torch.zeros((*shape, layer.head_dim), dtype=layer.dtype, device=self.device),
+                    torch.zeros((*shape, layer.value_dim), dtype=layer.dtype, device=self.device),
+                )
+            )
 
     def step(self, batch: Any) -> Tensor:
         """Runs one step on a runtime Batch: writes keys and values, returns logits [R, V] float32 on the device."""
@@ -142,8 +153,12 @@ class Engine:
             values["token_ids"] = _pad(values["token_ids"], missing, 0)
             values["positions"] = _pad(values["positions"], missing, 0)
             groups = [(_pad(slots, missing, -1), tables) for slots, tables in groups]
-        if num_rows < self._target.min_tokens:
-            values["sample_rows"] = _pad(values["sample_rows"], self._target.min_tokens - num_rows, 0)
+        if num_rows == 0:  # a chunk of a prompt in the middle: one row is computed and dropped
+            values["sample_rows"] = torch.zeros(1, dtype=torch.int64, device=self.device)
+        if values["sample_rows"].shape[0] < self._target.min_tokens:
+            values["sample_rows"] = _pad(
+                values["sample_rows"], self._target.min_tokens - values["sample_rows"].shape[0], 0
+            )
         context = StepContext(groups, batch.query_start, batch.seq_lens, batch.max_query_len, batch.max_seq_len)
         inputs = [values[name][None] if name != "sample_rows" else values[name] for name in self._inputs]
         with torch.inference_mode():

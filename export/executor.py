@@ -57,8 +57,9 @@ class Executor:
         outputs = [self._slot(name) for name in step.outputs]
 
         def run(slots: list[Tensor | None], context: StepContext | None) -> None:
-            for slot, value in zip(outputs, bound(*[slots[i] for i in inputs])):
-                slots[slot] = value
+            results = bound(*[slots[i] for i in inputs])
+            for slot, result in zip(outputs, results):
+                slots[slot] = result
             for slot in frees:
                 slots[slot] = None
 
@@ -78,9 +79,22 @@ class Executor:
             q, k, v = slots[q_slot], slots[k_slot], slots[v_slot]
             assert q is not None and k is not None and v is not None
             result = paged_attention(
-                q[0], k[0], v[0], k_cache, v_cache, slot_mapping, block_tables, context.query_start, context.seq_lens,
-                scale=scale, window=window, softcap=softcap, sinks=sinks, alibi_slopes=slopes,
-                max_query_len=context.max_query_len, max_seq_len=context.max_seq_len,
+                q[0],
+                k[0],
+                v[0],
+                k_cache,
+                v_cache,
+                slot_mapping,
+                block_tables,
+                context.query_start,
+                context.seq_lens,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                alibi_slopes=slopes,
+                max_query_len=context.max_query_len,
+                max_seq_len=context.max_seq_len,
             )
             slots[out] = result[None]
             for slot in frees:
@@ -95,7 +109,7 @@ class Executor:
             slots[slot] = value
         for operation in self._operations:
             operation(slots, context)
-        return [value for slot in self._outputs if isinstance(value := slots[slot], torch.Tensor)]
+        return [result for slot in self._outputs if isinstance(result := slots[slot], torch.Tensor)]
 
 
 def _last_uses(plan: Plan) -> dict[str, int]:

@@ -29,7 +29,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def lower_plan(
-    plan: Plan, target_name: str, device: torch.device, directory: Path, max_tokens: int, progress: Progress | None = None,
+    plan: Plan,
+    target_name: str,
+    device: torch.device,
+    directory: Path,
+    max_tokens: int,
+    progress: Progress | None = None,
 ) -> dict[str, str]:
     """Lowers the segments into `directory` and returns segment id -> file name. Raises LoweringError."""
     target = get_target(target_name)
@@ -87,7 +92,10 @@ def relower(engine: Engine) -> None:
     engine.engine_dir = directory
     versions = {**engine.manifest.versions, **get_target(target).versions()}
     engine.manifest = dataclasses.replace(
-        engine.manifest, engines=engines, build=dataclasses.replace(build, target=target),
-        hardware=hardware_of(device), versions=versions,
+        engine.manifest,
+        engines=engines,
+        build=dataclasses.replace(build, target=target),
+        hardware=hardware_of(device),
+        versions=versions,
     )
     engine._target = get_target(target)

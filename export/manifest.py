@@ -98,13 +98,17 @@ class Manifest:
             )
         try:
             cache = data.pop("cache")
-            layers = tuple(LayerCache(**{**layer, "dtype": getattr(torch, layer["dtype"])}) for layer in cache["layers"])
+            layers = tuple(
+                LayerCache(**{**layer, "dtype": getattr(torch, layer["dtype"])}) for layer in cache["layers"]
+            )
             model = data.pop("model")
             return cls(
                 build=BuildConfig(**data.pop("build")),
                 model=ModelFacts(**{**model, "eos_token_ids": tuple(model["eos_token_ids"])}),
                 cache=CacheSpec(layers=layers, block_size=cache["block_size"]),
-                passes=tuple(PassRecord(**record) for record in data.pop("passes")), report=tuple(data.pop("report")), **data,
+                passes=tuple(PassRecord(**record) for record in data.pop("passes")),
+                report=tuple(data.pop("report")),
+                **data,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} is damaged ({type(error).__name__}: {error}); {advice}") from error

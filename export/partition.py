@@ -35,7 +35,7 @@ def partition(program: Program, supports: Callable[[fx.Node], bool]) -> Plan:
     """Cuts `program` into a Plan; `supports(node)` says whether the target lowers a node."""
     pieces = _pieces(program, supports)
     output = next(node for node in program.graph.nodes if node.op == "output")
-    results = list(output.args[0])  # type: ignore[arg-type]
+    results = list(output.args[0])
     symbols = _symbol_names(program)
     segments: dict[str, Segment] = {}
     steps: list[Step] = []
@@ -55,7 +55,11 @@ def partition(program: Program, supports: Callable[[fx.Node], bool]) -> Plan:
         if piece.kind == "eager":
             names = sorted({target_text(n) for n in piece.nodes if not supports(n)})
             report.append(f"{', '.join(names)} runs in PyTorch (no lowering)")
-    inputs = [node.name for node, spec in program.placeholders() if spec.kind in ("token", "user") or spec.key == "sample_rows"]
+    inputs = [
+        node.name
+        for node, spec in program.placeholders()
+        if spec.kind in ("token", "user") or spec.key == "sample_rows"
+    ]
     return Plan(segments, steps, inputs, [node.name for node in results], sorted(set(report)))
 
 
@@ -98,7 +102,9 @@ def _symbol_names(program: Program) -> dict[str, str]:
     for _, spec in program.placeholders():
         for size in spec.shape:
             if isinstance(size, str) and size not in names:
-                names[size] = "R" if spec.key == "sample_rows" else "T" if "T" not in names.values() else f"D{len(names)}"
+                names[size] = (
+                    "R" if spec.key == "sample_rows" else "T" if "T" not in names.values() else f"D{len(names)}"
+                )
     return names
 
 
@@ -110,13 +116,23 @@ def _attention_step(program: Program, node: fx.Node) -> AttentionStep:
         if operand is None:
             return None
         if operand.name not in specs:
-            raise ValueError(f"{program.name}: {operand.name} of {node.name} is computed; only stored sinks and slopes are supported")
+            raise ValueError(
+                f"{program.name}: {operand.name} of {node.name} is computed; only stored sinks and slopes are supported"
+            )
         return specs[operand.name].key
 
     return AttentionStep(
-        layer=int(specs[k_cache.name].key.split(".")[1]), group=int(specs[slots.name].key.split(".")[1]),  # type: ignore[union-attr]
-        q=q.name, k=k.name, v=v.name, output=node.name, sinks=weight(sinks), alibi_slopes=weight(slopes),  # type: ignore[union-attr]
-        scale=float(scale), window=int(window), softcap=float(softcap),  # type: ignore[arg-type]
+        layer=int(specs[k_cache.name].key.split(".")[1]),
+        group=int(specs[slots.name].key.split(".")[1]),
+        q=q.name,
+        k=k.name,
+        v=v.name,
+        output=node.name,
+        sinks=weight(sinks),
+        alibi_slopes=weight(slopes),
+        scale=float(scale),
+        window=int(window),
+        softcap=float(softcap),
     )
 
 
@@ -146,8 +162,10 @@ class _Builder:
             graph_hash(nodes) + ("e" if eager else ""), nodes, len(activations), len(weights), len(leaving), eager
         )
         step = SegmentStep(
-            segment.id, tuple(self.specs[node.name].key for node in weights),
-            tuple(node.name for node in activations), tuple(node.name for node in leaving),
+            segment.id,
+            tuple(self.specs[node.name].key for node in weights),
+            tuple(node.name for node in activations),
+            tuple(node.name for node in leaving),
         )
         return segment, step
 
@@ -210,7 +228,7 @@ class _Builder:
         if found is not None:
             new = self.graph.create_node("call_function", _SYM_SIZE, found, {}, name=f"n{self.count}")
         elif node.target == _SYM_SIZE:
-            args = (self.made[node.args[0]], node.args[1])  # type: ignore[index]
+            args = (self.made[node.args[0]], node.args[1])
             new = self.graph.create_node("call_function", _SYM_SIZE, args, {}, name=f"n{self.count}")
         else:
             args = fx.node.map_arg(node.args, self._value)
@@ -223,5 +241,5 @@ class _Builder:
 def _size_sources(node: fx.Node) -> list[fx.Node]:
     """The tensors that a size is computed from."""
     if node.target == _SYM_SIZE:
-        return [node.args[0]]  # type: ignore[list-item]
+        return [node.args[0]]
     return [source for operand in node.all_input_nodes for source in _size_sources(operand)]

@@ -1,7 +1,7 @@
 """Segments and steps: a Program cut into pieces that a target lowers, and the order in which they run.
 
-    token_ids, positions -> [segment 0] -> q, k, v -> (attention 0) -> [segment 1] -> q, k, v -> (attention 1) -> ...
-                                                                        ^ equal layers are one segment, lowered once
+token_ids, positions -> [segment 0] -> q, k, v -> (attention 0) -> [segment 1] -> q, k, v -> (attention 1) -> ...
+                                                                    ^ equal layers are one segment, lowered once
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ class Plan:
         return {
             "segments": [vars(segment) for segment in self.segments.values()],
             "steps": [{"kind": type(step).__name__, **vars(step)} for step in self.steps],
-            "inputs": self.inputs, "outputs": self.outputs, "report": self.report,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
+            "report": self.report,
         }
 
     @classmethod
@@ -112,6 +114,10 @@ class Plan:
         segments = [Segment(**entry) for entry in data["segments"]]
         steps: list[Step] = []
         for entry in data["steps"]:
-            fields = {key: tuple(item) if isinstance(item, list) else item for key, item in entry.items() if key != "kind"}
+            fields: dict[str, Any] = {
+                key: tuple(item) if isinstance(item, list) else item for key, item in entry.items() if key != "kind"
+            }
             steps.append(SegmentStep(**fields) if entry["kind"] == "SegmentStep" else AttentionStep(**fields))
-        return cls({segment.id: segment for segment in segments}, steps, data["inputs"], data["outputs"], data["report"])
+        return cls(
+            {segment.id: segment for segment in segments}, steps, data["inputs"], data["outputs"], data["report"]
+        )

@@ -60,7 +60,10 @@ def dynamic_shapes(segment: Segment, max_tokens: int) -> list[dict[int, Any]]:
 
 
 def export_segment(
-    segment: Segment, device: torch.device, max_tokens: int, inline: Callable[[Any], Callable[..., Any] | None],
+    segment: Segment,
+    device: torch.device,
+    max_tokens: int,
+    inline: Callable[[Any], Callable[..., Any] | None],
 ) -> torch.export.ExportedProgram:
     """Exports a segment with its weights as inputs: one list argument, activations first."""
     module = _Inlined(segment.graph_module(device), inline)

@@ -26,20 +26,37 @@ class CaptureError(ValueError):
 
 
 def capture(
-    module: nn.Module, args: tuple[Any, ...], *, dynamic_shapes: Any = None, kwargs: dict[str, Any] | None = None,
-    weights: Mapping[str, Any], kind: str, name: str, token_inputs: tuple[str, ...] = (), prefix: str = "",
+    module: nn.Module,
+    args: tuple[Any, ...],
+    *,
+    dynamic_shapes: Any = None,
+    kwargs: dict[str, Any] | None = None,
+    weights: Mapping[str, Any],
+    kind: str,
+    name: str,
+    token_inputs: tuple[str, ...] = (),
+    prefix: str = "",
 ) -> Program:
     """Traces `module(*args)` into a Program.
 
     weights: name -> Weight for every parameter and buffer, named as in `module.state_dict()`; tensors that the trace
-    lifts as constants are added. prefix: dropped from parameter names. token_inputs: names of inputs that are per-token tensors of a decoder. Raises CaptureError.
+    lifts as constants are added. prefix: dropped from parameter names. token_inputs: names of inputs that are per-token
+    tensors of a decoder. Raises CaptureError.
     """
     try:
         with torch.no_grad():
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             exported = exported.run_decompositions({})
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError, TypeError, NotImplementedError,
-            AssertionError, KeyError, AttributeError) as error:
+    except (
+        torch._dynamo.exc.TorchDynamoException,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        AssertionError,
+        KeyError,
+        AttributeError,
+    ) as error:
         if isinstance(error, CaptureError):
             raise
         raise CaptureError(_explain(name, error)) from error
@@ -72,11 +89,17 @@ def capture(
         inputs.append(InputSpec(name=node.name, kind=input_kind, key=key, shape=spec_shape(value), dtype=value.dtype))
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-        raise CaptureError(f"{name}: forward changes {', '.join(map(str, changed))} in place; engines hold no such state")
+        raise CaptureError(
+            f"{name}: forward changes {', '.join(map(str, changed))} in place; engines hold no such state"
+        )
     _clean(graph_module)
     program = Program(
-        graph_module=fx.GraphModule(nn.Module(), graph_module.graph), inputs=inputs, weights=weight_map,
-        kind=cast(Any, kind), name=name, out_spec=exported.call_spec.out_spec,
+        graph_module=fx.GraphModule(nn.Module(), graph_module.graph),
+        inputs=inputs,
+        weights=weight_map,
+        kind=cast(Any, kind),
+        name=name,
+        out_spec=exported.call_spec.out_spec,
     )
     drop_unused_inputs(program)
     return program

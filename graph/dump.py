@@ -11,8 +11,15 @@ from torch import fx
 from .program import Program
 
 _SHORT = {
-    torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
-    torch.bool: "b1", torch.float64: "f64", torch.uint8: "u8", torch.int8: "i8",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "b1",
+    torch.float64: "f64",
+    torch.uint8: "u8",
+    torch.int8: "i8",
 }
 
 

@@ -44,8 +44,14 @@ def causal_mask(num_queries: int, num_keys: int, window: int, device: torch.devi
 
 
 def dense_attention(
-    q_BHTD: Tensor, k_BGTD: Tensor, v_BGTV: Tensor, sinks_H: Tensor | None, slopes_H: Tensor | None,
-    scale: float, window: int, softcap: float,
+    q_BHTD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTV: Tensor,
+    sinks_H: Tensor | None,
+    slopes_H: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     """Causal attention written out; softmax in fp32. Returns [B, T, H, V] in the dtype of q."""
     num_heads, num_kv = q_BHTD.shape[1], k_BGTD.shape[1]
@@ -69,15 +75,29 @@ def dense_attention(
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    scale: float, window: int, softcap: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     return dense_attention(q, k, v, sinks, alibi_slopes, scale, window, softcap)
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    scale: float, window: int, softcap: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
@@ -115,9 +135,20 @@ def _paged_attention_missing(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _paged_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor, block_tables: Tensor,
-    query_start: Tensor, seq_lens: Tensor, sinks: Tensor | None, alibi_slopes: Tensor | None,
-    scale: float, window: int, softcap: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
@@ -215,8 +246,17 @@ def _expert_gate(hidden: Tensor, activation: str, interleaved: bool, gated: bool
 
 
 def _moe(
-    x_TC: Tensor, index_TK: Tensor, weight_TK: Tensor, up_E: Tensor, down_E: Tensor, up_bias: Tensor | None,
-    down_bias: Tensor | None, activation: str, gated: bool, transposed: bool, interleaved: bool,
+    x_TC: Tensor,
+    index_TK: Tensor,
+    weight_TK: Tensor,
+    up_E: Tensor,
+    down_E: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+    transposed: bool,
+    interleaved: bool,
 ) -> Tensor:
     num_experts, top_k = up_E.shape[0], index_TK.shape[1]
     flat = index_TK.reshape(-1)
@@ -245,8 +285,9 @@ _define(
     "moe(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
     "str activation, bool gated, bool transposed, bool interleaved) -> Tensor",
     _moe,
-    lambda x, index, weight, up, down, up_bias, down_bias, activation, gated, transposed, interleaved:
-        torch.empty_like(x),
+    lambda x, index, weight, up, down, up_bias, down_bias, activation, gated, transposed, interleaved: torch.empty_like(
+        x
+    ),
 )
 
 
@@ -261,4 +302,3 @@ _INLINE: dict[Any, Callable[..., Any]] = {
     torch.ops.camshaft.rope.default: _rope,
     torch.ops.camshaft.glu.default: _glu,
 }
-

@@ -133,12 +133,16 @@ class Program:
     def add_input(self, name: str, *, kind: InputKind, key: str, example: torch.Tensor) -> fx.Node:
         """Adds a placeholder in front of the others; `example` gives its shape and dtype (fake, meta or real)."""
         first = next(iter(self.graph.nodes))
-        mode = getattr(first.meta["val"], "fake_mode", None)
+        mode: Any = getattr(first.meta["val"], "fake_mode", None)
         taken = {spec.name for spec in self.inputs}
         name = next(c for c in (name, *(f"{name}_{i}" for i in range(1, len(taken) + 2))) if c not in taken)
         with self.graph.inserting_before(first):
             node = self.graph.placeholder(name)
-        fake = example if getattr(example, "fake_mode", None) is mode else mode.from_tensor(example.to("meta"), static_shapes=True)
+        fake = (
+            example
+            if getattr(example, "fake_mode", None) is mode
+            else mode.from_tensor(example.to("meta"), static_shapes=True)
+        )
         node.meta["val"] = fake
         shape = tuple(int(size) if isinstance(size, int) else str(size) for size in fake.shape)
         self.inputs.insert(0, InputSpec(name=node.name, kind=kind, key=key, shape=shape, dtype=fake.dtype))

@@ -38,7 +38,9 @@ def find_target(name: str) -> Any:
     try:
         return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     except AttributeError as error:
-        raise ValueError(f"operator {name} does not exist in torch {torch.__version__}; build the engine again") from error
+        raise ValueError(
+            f"operator {name} does not exist in torch {torch.__version__}; build the engine again"
+        ) from error
 
 
 def _encode(value: Any) -> Any:
@@ -67,7 +69,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node], device: torch.device) -> Any:
     if isinstance(value, list):
         return [_decode(item, nodes, device) for item in value]
     if isinstance(value, dict):
-        (kind, content), = value.items()
+        ((kind, content),) = value.items()
         if kind == "node":
             return nodes[content]
         if kind == "device":

@@ -7,14 +7,27 @@ from typing import Any
 import torch
 from torch import fx
 
+from .dump import target_text
 from .program import Program
 
 # Operators that look along the token dimension: none may be left once attention reads a paged cache, because a row
 # then holds pieces of several sequences.
 _MIXING = (
-    "aten::cumsum", "aten::softmax.int", "aten::_softmax", "aten::bmm", "aten::baddbmm", "aten::flip", "aten::roll",
-    "aten::tril", "aten::triu", "aten::scaled_dot_product_attention", "aten::conv1d", "aten::convolution", "aten::sort",
-    "camshaft::mask", "camshaft::attention",
+    "aten::cumsum",
+    "aten::softmax.int",
+    "aten::_softmax",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::flip",
+    "aten::roll",
+    "aten::tril",
+    "aten::triu",
+    "aten::scaled_dot_product_attention",
+    "aten::conv1d",
+    "aten::convolution",
+    "aten::sort",
+    "camshaft::mask",
+    "camshaft::attention",
 )
 
 
@@ -32,7 +45,9 @@ def verify(program: Program, *, after: str) -> None:
         raise VerificationError(f"after {after}: inputs and placeholders differ: {odd[:5]}")
     for node, spec in program.placeholders("weight"):
         if spec.key not in program.weights:
-            raise VerificationError(f"after {after}: {node.name} names weight {spec.key!r}, which the map does not hold")
+            raise VerificationError(
+                f"after {after}: {node.name} names weight {spec.key!r}, which the map does not hold"
+            )
         shape = tuple(node.meta["val"].shape)
         if program.weights[spec.key].shape != shape:
             raise VerificationError(
@@ -50,8 +65,8 @@ def verify_packed(program: Program) -> None:
     for node in program.graph.nodes:
         if node.op == "call_function" and _mixes_tokens(node):
             raise ValueError(
-                f"{program.name} cannot be served: {node.name} ({getattr(node.target, 'name', lambda: node.target)()}) mixes the "
-                "tokens of a row outside attention that Camshaft knows; see docs/models.md for how to add an adapter"
+                f"{program.name} cannot be served: {node.name} ({target_text(node)}) mixes the tokens of a row outside "
+                "attention that Camshaft knows; see docs/models.md for how to add an adapter"
             )
 
 
@@ -66,8 +81,10 @@ def _mixes_tokens(node: fx.Node) -> bool:
         if name in ("camshaft::mask", "camshaft::attention"):
             return True
         axis = _axis(node)
-        return any(not isinstance(size, int) for size in value.shape) and (axis is None or not isinstance(value.shape[axis], int))
-    return name in ("aten::arange", "aten::arange.start") and any(not isinstance(size, int) for size in value.shape)  # type: ignore[union-attr]
+        return any(not isinstance(size, int) for size in value.shape) and (
+            axis is None or not isinstance(value.shape[axis], int)
+        )
+    return name in ("aten::arange", "aten::arange.start") and any(not isinstance(size, int) for size in value.shape)
 
 
 def _axis(node: fx.Node) -> int | None:

@@ -13,27 +13,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph import ops as _ops  # noqa: F401  registers camshaft::*
+from ..graph import ops as _ops
 from ..graph.capture import CaptureError
 
 NAME = "camshaft"
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None, softcap: float | None = None,
-    s_aux: Tensor | None = None, is_causal: bool | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention interface: query [1, H, T, D], key and value [1, G, T, D] -> ([1, T, H, V], None)."""
     for name in ("position_bias", "head_mask", "cu_seq_lens_q", "block_sequence_ids"):
         if kwargs.get(name) is not None:
-            raise CaptureError(f"{type(module).__name__} passes {name} to attention, which camshaft::attention does not take")
+            raise CaptureError(
+                f"{type(module).__name__} passes {name} to attention, which camshaft::attention does not take"
+            )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if not causal and attention_mask is None:
         raise CaptureError(f"{type(module).__name__} attends in both directions; only causal decoders can be served")
     out = torch.ops.camshaft.attention(
-        query, key, value, attention_mask, s_aux, None,
-        float(scaling if scaling is not None else query.shape[-1] ** -0.5), int(sliding_window or 0), float(softcap or 0.0),
+        query,
+        key,
+        value,
+        attention_mask,
+        s_aux,
+        None,
+        float(scaling if scaling is not None else query.shape[-1] ** -0.5),
+        int(sliding_window or 0),
+        float(softcap or 0.0),
     )
     return out, None
 
@@ -61,7 +79,9 @@ def _describe(function: Callable[..., Any]) -> tuple[str, int]:
         elif qualname.startswith(("causal_mask_function", "packed_sequence_mask_function")):
             names.append(("causal", 0))
         else:
-            raise CaptureError(f"attention mask {qualname.split('.')[0]!r} is not supported; supported: causal, sliding window")
+            raise CaptureError(
+                f"attention mask {qualname.split('.')[0]!r} is not supported; supported: causal, sliding window"
+            )
 
     walk(function)
     if ("causal", 0) not in names:
@@ -78,8 +98,17 @@ def experts_forward(module: Any, hidden: Tensor, index: Tensor, weight: Tensor) 
     up_bias = (module.gate_up_proj_bias if gated else module.up_proj_bias) if module.has_bias else None
     down_bias = module.down_proj_bias if module.has_bias else None
     return torch.ops.camshaft.moe(
-        hidden.reshape(-1, hidden.shape[-1]), index, weight, up, module.down_proj, up_bias, down_bias,
-        activation, gated, bool(module.is_transposed), not module.is_concatenated,
+        hidden.reshape(-1, hidden.shape[-1]),
+        index,
+        weight,
+        up,
+        module.down_proj,
+        up_bias,
+        down_bias,
+        activation,
+        gated,
+        bool(module.is_transposed),
+        not module.is_concatenated,
     ).view(hidden.shape)
 
 
@@ -90,7 +119,7 @@ def name_expert_gates(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "_apply_gate") and hasattr(module, "is_concatenated"):
-            module.camshaft_activation = _gate_name(module)
+            setattr(module, "camshaft_activation", _gate_name(module))  # noqa: B010  nn.Module types attributes
 
 
 def _gate_name(module: Any) -> str:
@@ -103,7 +132,9 @@ def _gate_name(module: Any) -> str:
             continue
         if torch.allclose(_ops._expert_gate(x, name, interleaved, gated), expected, atol=1e-6):
             return name
-    raise CaptureError(f"{type(module).__name__} uses an expert gate that is not known; known: {[*_ops.ACTIVATIONS, 'swiglu_clamped']}")
+    raise CaptureError(
+        f"{type(module).__name__} uses an expert gate that is not known; known: {[*_ops.ACTIVATIONS, 'swiglu_clamped']}"
+    )
 
 
 def register() -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,18 @@ from torch import Tensor, nn
 from ..graph.weights import Weight
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -35,7 +45,9 @@ def checkpoint_files(directory: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            raise ValueError(f"{index} names {len(missing)} missing file(s), first {missing[0]!r}; download the checkpoint again")
+            raise ValueError(
+                f"{index} names {len(missing)} missing file(s), first {missing[0]!r}; download the checkpoint again"
+            )
         return [directory / name for name in names]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -102,7 +114,9 @@ def checkpoint_weights(directory: Path, model: nn.Module) -> dict[str, Weight]:
     return weights
 
 
-def _convert(stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]], wanted: dict[str, Tensor], model: Any) -> dict[str, Weight]:
+def _convert(
+    stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]], wanted: dict[str, Tensor], model: Any
+) -> dict[str, Weight]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -130,8 +144,13 @@ def _convert(stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]], wante
 
 
 def _add_converted(
-    weights: dict[str, Weight], first: str, parts: list[tuple[str, str]], converter: Any,
-    stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]], wanted: dict[str, Tensor], model: Any,
+    weights: dict[str, Weight],
+    first: str,
+    parts: list[tuple[str, str]],
+    converter: Any,
+    stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]],
+    wanted: dict[str, Tensor],
+    model: Any,
 ) -> None:
     """Adds the weights that one conversion makes out of several stored tensors (or of one, split)."""
 
@@ -139,7 +158,7 @@ def _add_converted(
         work = copy.deepcopy(converter)
         for key, pattern in parts:
             file, shape, dtype = stored[key]
-            read = _reader(file, key) if device == "cpu" else lambda s=shape, d=dtype: torch.empty(s, dtype=d, device="meta")
+            read = _reader(file, key) if device == "cpu" else partial(torch.empty, shape, dtype=dtype, device="meta")
             work.add_tensor(first, key, pattern, read)
         made = work.convert(first, model=model, config=model.config)
         return {name: (value[0] if isinstance(value, list) else value) for name, value in made.items()}
@@ -147,5 +166,9 @@ def _add_converted(
     for name, shape_only in run("meta").items():
         if name in wanted:
             target = wanted[name].dtype
-            weight = Weight(tuple(shape_only.shape), shape_only.dtype, lambda n=name: run("cpu")[n])
+            weight = Weight(tuple(shape_only.shape), shape_only.dtype, partial(_item, run, name))
             weights[name] = weight.cast(target)
+
+
+def _item(run: Callable[[str], dict[str, Tensor]], name: str) -> Tensor:
+    return run("cpu")[name]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..graph.capture import CaptureError, capture
+from ..graph.capture import capture
 from ..graph.program import Program
 from ..graph.weights import Weight
 from . import attention
@@ -96,7 +96,9 @@ def _local_directory(path: str | Path) -> Path:
     if directory.exists():
         raise ValueError(f"{path} is a file; give the directory that holds config.json and *.safetensors")
     if str(path).count("/") > 1 or str(path).startswith((".", "/")):
-        raise ValueError(f"there is no directory {path}; give a Hugging Face model directory or a hub id such as 'org/name'")
+        raise ValueError(
+            f"there is no directory {path}; give a Hugging Face model directory or a hub id such as 'org/name'"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -120,8 +122,14 @@ def _from_directory(directory: Path, name: str, dtype: torch.dtype) -> ModelSour
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
     if getattr(config, "quantization_config", None) is not None:
-        method = config.quantization_config.get("quant_method", "unknown") if isinstance(config.quantization_config, dict) else "?"
-        raise ValueError(f"{directory} is quantized ({method}); quantized checkpoints are not supported yet, give a bf16, fp16 or fp32 one")
+        method = (
+            config.quantization_config.get("quant_method", "unknown")
+            if isinstance(config.quantization_config, dict)
+            else "?"
+        )
+        raise ValueError(
+            f"{directory} is quantized ({method}); quantized checkpoints are not supported yet, give a bf16, fp16 or fp32 one"
+        )
     generation = None
     if (directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(directory)
@@ -131,9 +139,12 @@ def _from_directory(directory: Path, name: str, dtype: torch.dtype) -> ModelSour
 
 
 def _from_module(module: nn.Module, dtype: torch.dtype) -> ModelSource:
-    config = copy.deepcopy(module.config)
+    config: Any = copy.deepcopy(module.config)
     model = _meta_model(type(module), config, dtype)
-    held = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
+    held = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     weights = {}
     for key, value in model.state_dict().items():
         weights[key] = Weight.from_tensor(held[key]).cast(value.dtype)
@@ -141,7 +152,9 @@ def _from_module(module: nn.Module, dtype: torch.dtype) -> ModelSource:
     return _source(Path(name).name, model, weights, getattr(module, "generation_config", None), None)
 
 
-def _source(name: str, model: nn.Module, weights: dict[str, Weight], generation: Any, directory: Path | None) -> ModelSource:
+def _source(
+    name: str, model: nn.Module, weights: dict[str, Weight], generation: Any, directory: Path | None
+) -> ModelSource:
     config: Any = model.config
     text = config.get_text_config()
     eos = getattr(generation, "eos_token_id", None)
@@ -150,7 +163,9 @@ def _source(name: str, model: nn.Module, weights: dict[str, Weight], generation:
     limit = next((getattr(text, n) for n in POSITION_LIMITS if isinstance(getattr(text, n, None), int)), None)
     weights = {key: weight.named(key) for key, weight in weights.items()}
     info = {
-        "architecture": type(model).__name__, "model_type": text.model_type, "vocab_size": text.vocab_size,
+        "architecture": type(model).__name__,
+        "model_type": text.model_type,
+        "vocab_size": text.vocab_size,
         "config": config.to_diff_dict(),
     }
     return ModelSource(name, model, weights, config, eos_ids, limit, directory, info)
@@ -163,7 +178,9 @@ def _meta_model(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     attention.register()
     if model_class is None:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"architecture {config.model_type!r} is not a decoder that Transformers knows as a causal LM")
+            raise ValueError(
+                f"architecture {config.model_type!r} is not a decoder that Transformers knows as a causal LM"
+            )
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     if model_class._can_set_attn_implementation():
@@ -222,9 +239,14 @@ def trace_decoder(source: ModelSource) -> Program:
     uses_interface = model.config._attn_implementation == attention.NAME
     with nullcontext() if uses_interface else attention.symbolic_masks():
         program = capture(
-            _PackedRow(model, by_position), examples,
+            _PackedRow(model, by_position),
+            examples,
             dynamic_shapes={"token_ids": {1: num_tokens}, "positions": {1: num_tokens}},
-            weights=weights, kind="decoder", name=source.name, token_inputs=("token_ids", "positions"), prefix="model.",
+            weights=weights,
+            kind="decoder",
+            name=source.name,
+            token_inputs=("token_ids", "positions"),
+            prefix="model.",
         )
     program.info.update(source.info)
     return program

@@ -33,15 +33,15 @@ class FuseAddNorm(GraphPass):
 
 def _match(program: Program, norm: fx.Node) -> int:
     total = norm.args[0]
-    if not is_call(total, aten.add.Tensor) or total.kwargs:  # type: ignore[union-attr]
+    if not is_call(total, aten.add.Tensor) or total.kwargs:
         return 0
-    x, residual = total.args[:2]  # type: ignore[union-attr]
+    x, residual = total.args[:2]
     if not (isinstance(x, fx.Node) and isinstance(residual, fx.Node)):
         return 0
-    same = value(x).shape == value(residual).shape == value(total).shape  # type: ignore[arg-type]
+    same = value(x).shape == value(residual).shape == value(total).shape
     if not same or value(x).dtype != value(residual).dtype:
         return 0
-    with program.graph.inserting_before(total):  # type: ignore[arg-type]
+    with program.graph.inserting_before(total):
         both = call(program, ADD_RMS_NORM, x, residual, *norm.args[1:])
         outputs = []
         for index in range(2):
@@ -49,5 +49,5 @@ def _match(program: Program, norm: fx.Node) -> int:
             part.meta["val"] = both.meta["val"][index]
             outputs.append(part)
     norm.replace_all_uses_with(outputs[0])
-    total.replace_all_uses_with(outputs[1])  # type: ignore[union-attr]
+    total.replace_all_uses_with(outputs[1])
     return 1

@@ -72,6 +72,10 @@ def _whole(gate: Any, up: Any) -> fx.Node | None:
     whole = split.args[0]
     axis = split.args[2] if len(split.args) > 2 else 0
     rank = value(whole).dim()
-    if axis % rank != rank - 1 or value(whole).shape[-1] != 2 * value(gate).shape[-1] or value(gate).shape != value(up).shape:
+    if (
+        axis % rank != rank - 1
+        or value(whole).shape[-1] != 2 * value(gate).shape[-1]
+        or value(gate).shape != value(up).shape
+    ):
         return None
     return whole

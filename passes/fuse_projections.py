@@ -37,8 +37,10 @@ class FuseProjections(GraphPass):
         for node in program.graph.nodes:
             if is_call(node, aten.linear.default) and _may_join(program, node):
                 groups[node.args[0], _bias(node) is not None].append(node)
-        joined = [_join(program, members) for members in groups.values() if len(members) > 1]
-        return len(joined)
+        mergeable = [members for members in groups.values() if len(members) > 1]
+        for members in mergeable:
+            _join(program, members)
+        return len(mergeable)
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
@@ -50,7 +52,7 @@ def _may_join(program: Program, node: fx.Node) -> bool:
     for operand in (node.args[1], _bias(node)):
         if operand is not None:
             spec = program.input_of(operand) if isinstance(operand, fx.Node) else None
-            if spec is None or spec.kind != "weight" or len(operand.users) != 1:  # type: ignore[union-attr]
+            if spec is None or spec.kind != "weight" or len(operand.users) != 1:
                 return False
     return not _is_router(node)
 
@@ -66,7 +68,7 @@ def _is_router(node: fx.Node) -> bool:
 
 
 def _join(program: Program, members: list[fx.Node]) -> None:
-    weight = _join_weights(program, [m.args[1] for m in members])  # type: ignore[misc]
+    weight = _join_weights(program, [m.args[1] for m in members])
     biases = [_bias(m) for m in members]
     bias = _join_weights(program, [b for b in biases if b is not None]) if biases[0] is not None else None
     sizes = [int(value(m).shape[-1]) for m in members]

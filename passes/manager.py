@@ -27,7 +27,11 @@ class PassManager:
     """
 
     def __init__(
-        self, passes: Sequence[GraphPass], *, dump_dir: Path | None = None, compare: CompareFunction | None = None,
+        self,
+        passes: Sequence[GraphPass],
+        *,
+        dump_dir: Path | None = None,
+        compare: CompareFunction | None = None,
         on_pass: Callable[[PassRecord], None] | None = None,
     ) -> None:
         self.passes = list(passes)
@@ -58,8 +62,13 @@ class PassManager:
         if self.compare is not None and self._comparable:
             error = self.compare(program, result.program)
         record = PassRecord(
-            name=graph_pass.name, stage=graph_pass.stage.value, num_matches=result.num_matches, seconds=seconds,
-            nodes_before=before, nodes_after=len(result.program.graph.nodes), fingerprint=graph_pass.fingerprint(),
+            name=graph_pass.name,
+            stage=graph_pass.stage.value,
+            num_matches=result.num_matches,
+            seconds=seconds,
+            nodes_before=before,
+            nodes_after=len(result.program.graph.nodes),
+            fingerprint=graph_pass.fingerprint(),
             max_error=error,
         )
         logger.debug("pass %s: %d matches in %.3f s", record.name, record.num_matches, record.seconds)

@@ -78,9 +78,9 @@ def infer(node: fx.Node) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     mode = fake_mode((args, kwargs))
     if mode is None:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     with mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
 
 def fake_mode(tree: Any) -> FakeTensorMode | None:

@@ -60,11 +60,11 @@ def _match_sdpa(program: Program, node: fx.Node) -> int:
     args = [*node.args, *[None] * (6 - len(node.args))]
     q, k, v, mask = args[:4]
     is_causal = args[5] if args[5] is not None else node.kwargs.get("is_causal", False)
-    scale = node.kwargs.get("scale") or value(q).shape[-1] ** -0.5  # type: ignore[arg-type]
+    scale = node.kwargs.get("scale") or value(q).shape[-1] ** -0.5
     if mask is None:
-        form = _Form(float(scale), 0, None) if is_causal else None  # type: ignore[arg-type]
+        form = _Form(float(scale), 0, None) if is_causal else None
     else:
-        form = _read_bias(_bias(program, mask, int(value(q).shape[1])), float(scale))  # type: ignore[arg-type]
+        form = _read_bias(_bias(program, mask, int(value(q).shape[1])), float(scale))
     if form is None:
         return 0
     with program.graph.inserting_before(node):
@@ -211,7 +211,14 @@ class _Evaluator:
     """Runs the part of a graph below `scores` on real numbers, with the product replaced by a constant."""
 
     def __init__(
-        self, program: Program, product: fx.Node, constant: float, num_heads: int, tokens: int, *, has_product: bool = True
+        self,
+        program: Program,
+        product: fx.Node,
+        constant: float,
+        num_heads: int,
+        tokens: int,
+        *,
+        has_product: bool = True,
     ) -> None:
         self.program, self.product, self.tokens = program, product if has_product else None, tokens
         self.num_heads = num_heads
@@ -233,7 +240,7 @@ class _Evaluator:
         if node is self.product:
             return self._product()
         if is_call(node, aten.sym_size.int):
-            size = static(value(node.args[0]).shape[node.args[1]])  # type: ignore[arg-type, index]
+            size = static(value(node.args[0]).shape[node.args[1]])
             return self.tokens if size is None else size
         spec = self.program.input_of(node)
         if spec is not None:
@@ -243,7 +250,7 @@ class _Evaluator:
             return None
         args, kwargs = inputs
         kwargs = {**kwargs, "device": torch.device("cpu")} if "device" in kwargs else kwargs
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
     def _product(self) -> Tensor | None:
         assert self.product is not None
@@ -255,4 +262,4 @@ class _Evaluator:
         if base is None:
             return None
         beta, alpha = self.product.kwargs.get("beta", 1.0), self.product.kwargs.get("alpha", 1.0)
-        return beta * base + alpha * ones  # type: ignore[operator]
+        return beta * base + alpha * ones

@@ -46,10 +46,10 @@ def _match_aten(program: Program, node: fx.Node) -> int:
     x, shape = node.args[0], node.args[1]
     weight = node.args[2] if len(node.args) > 2 else None
     eps = node.args[3] if len(node.args) > 3 else None
-    if len(shape) != 1 or eps is None:  # type: ignore[arg-type]
+    if len(shape) != 1 or eps is None:
         return 0
     with program.graph.inserting_before(node):
-        new = call(program, RMS_NORM, x, weight, float(eps), 0.0, False)  # type: ignore[arg-type]
+        new = call(program, RMS_NORM, x, weight, float(eps), 0.0, False)
     node.replace_all_uses_with(new)
     return 1
 

@@ -73,19 +73,27 @@ def _match_turned(program: Program, end: fx.Node) -> int:
 
 
 def _turn_of(node: Any, x: Any) -> str | None:
-    """"halves" or "interleaved" where `node` is x turned by a quarter, else None."""
+    """ "halves" or "interleaved" where `node` is x turned by a quarter, else None."""
     if not isinstance(x, fx.Node) or not isinstance(node, fx.Node):
         return None
     size = value(x).shape[-1]
     if is_call(node, aten.cat.default) and len(node.args[0]) == 2:
         first, second = node.args[0]
-        if is_call(first, aten.neg.default) and _is_slice(first.args[0], x, size // 2, size) and _is_slice(second, x, 0, size // 2):
+        if (
+            is_call(first, aten.neg.default)
+            and _is_slice(first.args[0], x, size // 2, size)
+            and _is_slice(second, x, 0, size // 2)
+        ):
             return "halves"
         return None
     if not is_call(node, *VIEWS, aten.flatten.using_ints):
         return None
     stacked = node.args[0]
-    if not is_call(stacked, aten.stack.default) or len(stacked.args[0]) != 2 or stacked.args[1] not in (-1, value(x).dim()):
+    if (
+        not is_call(stacked, aten.stack.default)
+        or len(stacked.args[0]) != 2
+        or stacked.args[1] not in (-1, value(x).dim())
+    ):
         return None
     first, second = stacked.args[0]
     if is_call(first, aten.neg.default) and _is_step(first.args[0], x, 1) and _is_step(second, x, 0):
@@ -112,14 +120,20 @@ def _is_step(node: Any, x: fx.Node, begin: int) -> bool:
     if not is_call(node, aten.slice.Tensor):
         return False
     source, axis, start, stop, step = _slice_args(node)
-    return source is x and axis == value(x).dim() - 1 and step == 2 and start == begin and (stop is None or stop >= value(x).shape[-1])
+    return (
+        source is x
+        and axis == value(x).dim() - 1
+        and step == 2
+        and start == begin
+        and (stop is None or stop >= value(x).shape[-1])
+    )
 
 
 def _match_chunks(program: Program, end: fx.Node) -> int:
     parts = end.args[0]
-    if len(parts) != 2 or value(end).dim() != 4:  # type: ignore[arg-type]
+    if len(parts) != 2 or value(end).dim() != 4:
         return 0
-    minus, plus = parts  # type: ignore[misc]
+    minus, plus = parts
     if not (is_call(minus, aten.sub.Tensor) and is_call(plus, aten.add.Tensor)):
         return 0
     if not all(is_call(arg, aten.mul.Tensor) for arg in (*minus.args[:2], *plus.args[:2])):

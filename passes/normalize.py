@@ -52,8 +52,8 @@ def _simplify(program: Program, node: fx.Node) -> int:
     if is_call(node, aten.transpose.int) and is_call(node.args[0], aten.transpose.int):
         inner = node.args[0]
         rank = value(node).dim()
-        if {d % rank for d in node.args[1:]} == {d % rank for d in inner.args[1:]}:  # type: ignore[union-attr]
-            node.replace_all_uses_with(inner.args[0])  # type: ignore[union-attr]
+        if {d % rank for d in node.args[1:]} == {d % rank for d in inner.args[1:]}:
+            node.replace_all_uses_with(inner.args[0])
             return 1
     if node.target in VIEWS:
         return _static_reshape(program, node)
@@ -80,9 +80,17 @@ def _no_op(node: fx.Node) -> Any:
         if (args[3] if len(args) > 3 else None) in (None, _MAX) and (args[4] if len(args) > 4 else 1) == 1:
             return source
         return source if all(static(size) is not None for size in out.shape) else None
-    if is_call(node, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) and args[1] in (1, 1.0) and not isinstance(args[1], fx.Node):
+    if (
+        is_call(node, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor)
+        and args[1] in (1, 1.0)
+        and not isinstance(args[1], fx.Node)
+    ):
         return source if before.dtype == out.dtype else None
-    if is_call(node, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor) and not isinstance(args[1], fx.Node) and args[1] in (0, 0.0):
+    if (
+        is_call(node, aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor)
+        and not isinstance(args[1], fx.Node)
+        and args[1] in (0, 0.0)
+    ):
         return source if before.dtype == out.dtype else None
     if is_call(node, aten.dropout.default) and args[2] is False:
         return source
@@ -104,7 +112,7 @@ def _static_reshape(program: Program, node: fx.Node) -> int:
     source = node.args[0]
     if is_call(source, aten.reshape.default):  # reshape of a reshape
         source = source.args[0]
-    if node.target == aten.reshape.default and list(node.args[1]) == target and source is node.args[0]:  # type: ignore[arg-type]
+    if node.target == aten.reshape.default and list(node.args[1]) == target and source is node.args[0]:
         return 0
     with program.graph.inserting_before(node):
         new = call(program, aten.reshape.default, source, target)
@@ -131,7 +139,8 @@ def merge_equal_nodes(graph: fx.Graph) -> int:
 
 def _impure(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+        node.target._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in node.target.tags
         or node.target.name().startswith("camshaft::paged")
     )
 

@@ -42,31 +42,67 @@ class PageAttention(GraphPass):
         layers = []
         for node in nodes:
             k, v, window = value(node.args[1]), value(node.args[2]), node.args[7]
-            layers.append(LayerCache(
-                num_kv_heads=int(k.shape[1]), head_dim=int(k.shape[3]), value_dim=int(v.shape[3]), window=window, dtype=k.dtype,
-            ))
+            layers.append(
+                LayerCache(
+                    num_kv_heads=int(k.shape[1]),
+                    head_dim=int(k.shape[3]),
+                    value_dim=int(v.shape[3]),
+                    window=window,
+                    dtype=k.dtype,
+                )
+            )
         cache = CacheSpec(layers=tuple(layers), block_size=self.block_size)
         program.cache = cache
-        shared = {name: program.add_input(name, kind="metadata", key=name, example=torch.zeros(n, dtype=torch.int32))
-                  for name, n in (("seq_lens", 4), ("query_start", 5))}
+        shared = {
+            name: program.add_input(name, kind="metadata", key=name, example=torch.zeros(n, dtype=torch.int32))
+            for name, n in (("seq_lens", 4), ("query_start", 5))
+        }
         tables = []
         for group in range(len(cache.windows)):
-            table = program.add_input(f"block_tables_{group}", kind="metadata", key=f"block_tables.{group}",
-                                      example=torch.zeros((4, 8), dtype=torch.int32))
-            slots = program.add_input(f"slot_mapping_{group}", kind="metadata", key=f"slot_mapping.{group}",
-                                      example=torch.zeros(8, dtype=torch.int64))
+            table = program.add_input(
+                f"block_tables_{group}",
+                kind="metadata",
+                key=f"block_tables.{group}",
+                example=torch.zeros((4, 8), dtype=torch.int32),
+            )
+            slots = program.add_input(
+                f"slot_mapping_{group}",
+                kind="metadata",
+                key=f"slot_mapping.{group}",
+                example=torch.zeros(8, dtype=torch.int64),
+            )
             tables.append((slots, table))
         for index, node in enumerate(nodes):
             layer = layers[index]
             blocks = (8, self.block_size, layer.num_kv_heads)
-            k_cache = program.add_input(f"k_cache_{index}", kind="cache", key=f"k.{index}",
-                                        example=torch.empty((*blocks, layer.head_dim), dtype=layer.dtype, device="meta"))
-            v_cache = program.add_input(f"v_cache_{index}", kind="cache", key=f"v.{index}",
-                                        example=torch.empty((*blocks, layer.value_dim), dtype=layer.dtype, device="meta"))
+            k_cache = program.add_input(
+                f"k_cache_{index}",
+                kind="cache",
+                key=f"k.{index}",
+                example=torch.empty((*blocks, layer.head_dim), dtype=layer.dtype, device="meta"),
+            )
+            v_cache = program.add_input(
+                f"v_cache_{index}",
+                kind="cache",
+                key=f"v.{index}",
+                example=torch.empty((*blocks, layer.value_dim), dtype=layer.dtype, device="meta"),
+            )
             slots, table = tables[cache.group_of(index)]
             with program.graph.inserting_before(node):
                 q, k, v = (call(program, aten.transpose.int, operand, 1, 2) for operand in node.args[:3])
-                new = call(program, PAGED_ATTENTION, q, k, v, k_cache, v_cache, slots, table, shared["query_start"],
-                           shared["seq_lens"], *node.args[4:])
+                new = call(
+                    program,
+                    PAGED_ATTENTION,
+                    q,
+                    k,
+                    v,
+                    k_cache,
+                    v_cache,
+                    slots,
+                    table,
+                    shared["query_start"],
+                    shared["seq_lens"],
+                    *node.args[4:],
+                )
             node.replace_all_uses_with(new)
         return len(nodes)

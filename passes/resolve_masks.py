@@ -20,7 +20,15 @@ from .match import CASTS, COPIES, VIEWS, aten, is_call
 
 MASK = torch.ops.camshaft.mask.default
 ATTENTION = torch.ops.camshaft.attention.default
-_PASSES_ON = (*CASTS, *COPIES, *VIEWS, aten.slice.Tensor, aten.expand.default, aten.unsqueeze.default, aten.logical_not.default)
+_PASSES_ON = (
+    *CASTS,
+    *COPIES,
+    *VIEWS,
+    aten.slice.Tensor,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.logical_not.default,
+)
 
 
 def mask_of(node: Any) -> fx.Node | None:
@@ -43,7 +51,9 @@ class ResolveMasks(GraphPass):
                 continue
             mask = mask_of(node.args[3])
             if mask is None:
-                raise CaptureError(f"{program.name}: the mask of {node.name} comes from {node.args[3]}; supported: causal, sliding window")
+                raise CaptureError(
+                    f"{program.name}: the mask of {node.name} comes from {node.args[3]}; supported: causal, sliding window"
+                )
             kind, size = mask.args[1], mask.args[2]
             windows = [w for w in (node.args[7], size if kind == "sliding" else 0) if w]
             node.args = (*node.args[:3], None, *node.args[4:7], min(windows, default=0), node.args[8])

@@ -33,7 +33,7 @@ class SelectRows(GraphPass):
 
     def run(self, program: Program) -> int:
         output = next(node for node in program.graph.nodes if node.op == "output")
-        logits = output.args[0][0]  # type: ignore[index]
+        logits = output.args[0][0]
         head = _head(logits)
         target = head.args[0] if head is not None else logits
         first = head if head is not None else output
@@ -62,7 +62,9 @@ def _varying_rows(node: fx.Node) -> torch.Tensor:
     """An example of sample_rows [R], R varying, in the graph's fake tensor mode."""
     mode = value(node).fake_mode  # type: ignore[attr-defined]
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    return mode.from_tensor(torch.zeros(5, dtype=torch.int64), symbolic_context=context, source=ConstantSource("sample_rows"))
+    return mode.from_tensor(
+        torch.zeros(5, dtype=torch.int64), symbolic_context=context, source=ConstantSource("sample_rows")
+    )
 
 
 def _infer_below(program: Program, start: fx.Node) -> None:

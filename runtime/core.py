@@ -168,7 +168,7 @@ class ServingCore:
 
     def check_fits(self, generation: Generation) -> None:
         """Raises ValueError, with the numbers, for a generation that can never run; changes nothing."""
-        self.scheduler._check_fits(generation.requests[0])
+        self.scheduler.check_fits(generation.requests[0])
 
     def add(self, generation: Generation) -> None:
         """Queues a generation. Raises ValueError if it cannot run or its id is in use, and then queues nothing."""

@@ -85,14 +85,14 @@ class Scheduler:
             raise ValueError(f"request id {request.request_id!r} is in use; allowed: an id no live request has")
         if request.arrival != -1:
             raise ValueError(f"request {request.request_id!r} was added before; make a new Request of it")
-        max_total_tokens = self._check_fits(request)
+        max_total_tokens = self.check_fits(request)
         request.max_total_tokens = max_total_tokens
         request.arrival = self._num_arrived
         self._num_arrived += 1
         self._requests[request.request_id] = request
         self._waiting[request.request_id] = request
 
-    def _check_fits(self, request: Request) -> int:
+    def check_fits(self, request: Request) -> int:
         """The most tokens the request can reach; raises ValueError when it cannot get there."""
         config, name, num_prompt = self.config, f"request {request.request_id!r}", request.num_prompt_tokens
         if num_prompt == 0:

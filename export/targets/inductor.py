@@ -59,7 +59,9 @@ class InductorTarget:
         try:
             aoti_compile_and_package(exported, package_path=buffer)
         except (RuntimeError, torch._inductor.exc.InductorError) as error:
-            raise LoweringError(f"Inductor could not compile segment {segment.id}: {str(error).splitlines()[0]}") from error
+            raise LoweringError(
+                f"Inductor could not compile segment {segment.id}: {str(error).splitlines()[0]}"
+            ) from error
         return buffer.getvalue()
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> _InductorSegment:
@@ -69,4 +71,6 @@ class InductorTarget:
         try:
             return _InductorSegment(aoti_load_package(str(engine)))
         except (RuntimeError, OSError) as error:
-            raise LoweringError(f"{engine.name} cannot be opened ({str(error).splitlines()[0]}); build the engine again here") from error
+            raise LoweringError(
+                f"{engine.name} cannot be opened ({str(error).splitlines()[0]}); build the engine again here"
+            ) from error
