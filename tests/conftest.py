@@ -1,0 +1,35 @@
+"""Test-wide set-up: one cache directory per run, no network, few threads, GPU tests skipped where there is none."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CAMSHAFT_CACHE", os.path.join(tempfile.gettempdir(), f"camshaft-tests-{os.getuid()}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_libraries() -> Iterator[None]:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    marked = [item for item in items if "gpu" in item.keywords]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
