@@ -20,19 +20,14 @@ MAX_PRE_LINES = 60
 """Code blocks are cut here: longer ones are listings, not documentation."""
 
 _DROP_TAGS = frozenset(
-    "script style nav header footer aside form svg math img iframe noscript object button select link meta".split()
+    ["script", "style", "nav", "header", "footer", "aside", "form", "svg", "math", "img", "iframe", "noscript", "object", "button", "select", "link", "meta"]
 )
 _DROP_CLASSES = frozenset(
-    "headerlink viewcode-link sphinxsidebar related footer navheader navfooter breadcrumb breadcrumbs toc contents "
-    "linenos indextable genindextable toctree-wrapper bottomnav topnav navigation prompt-toggle reference-section "
-    "sidebar version-list search wy-nav-side wy-breadcrumbs edit-link pilcrow lang-switch langswitch local-toc "
-    "localtoc sectnum-hidden toc-list sphx-glr-thumbnails sphx-glr-footer sphx-glr-download nav-wrapper "
-    "reftitle prev next up page-nav page_nav deprecated-badge head-vol foot-date head foot table-of-contents docnav".split()
+    ["headerlink", "viewcode-link", "sphinxsidebar", "related", "footer", "navheader", "navfooter", "breadcrumb", "breadcrumbs", "toc", "contents", "linenos", "indextable", "genindextable", "toctree-wrapper", "bottomnav", "topnav", "navigation", "prompt-toggle", "reference-section", "sidebar", "version-list", "search", "wy-nav-side", "wy-breadcrumbs", "edit-link", "pilcrow", "lang-switch", "langswitch", "local-toc", "localtoc", "sectnum-hidden", "toc-list", "sphx-glr-thumbnails", "sphx-glr-footer", "sphx-glr-download", "nav-wrapper", "reftitle", "prev", "next", "up", "page-nav", "page_nav", "deprecated-badge", "head-vol", "foot-date", "head", "foot", "table-of-contents", "docnav"]
 )
-_DROP_IDS = frozenset("toc sidebar navigation footer header preamble page-header path quickview comments_section".split())
+_DROP_IDS = frozenset(["toc", "sidebar", "navigation", "footer", "header", "preamble", "page-header", "path", "quickview", "comments_section"])
 _BLOCKS = frozenset(
-    "p div section article main body ul ol dl table tbody thead tfoot blockquote center fieldset figure figcaption "
-    "details summary address hr caption dd".split()
+    ["p", "div", "section", "article", "main", "body", "ul", "ol", "dl", "table", "tbody", "thead", "tfoot", "blockquote", "center", "fieldset", "figure", "figcaption", "details", "summary", "address", "hr", "caption", "dd"]
 )
 _SPACE = re.compile(r"[ \t\r\n\f\v\u00a0]+")
 _MAIN_QUERIES = (
