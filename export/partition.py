@@ -7,6 +7,7 @@ give equal graphs and are lowered once. Sizes that vary are read from a tensor o
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,8 +101,8 @@ def _symbol_names(program: Program) -> dict[str, str]:
     """Symbols of the traced graph to the names that a saved graph uses: T for tokens, R for sampled rows."""
     names: dict[str, str] = {}
     for _, spec in program.placeholders():
-        for size in spec.shape:
-            if isinstance(size, str) and size not in names:
+        for size in re.findall(r"[a-z]+\d+", " ".join(s for s in spec.shape if isinstance(s, str))):
+            if size not in names:
                 names[size] = (
                     "R" if spec.key == "sample_rows" else "T" if "T" not in names.values() else f"D{len(names)}"
                 )
@@ -145,6 +146,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.made: dict[fx.Node, fx.Node] = {}
         self.count = 0
+        self.sizes: dict[str, int] = {}
 
     def build(self, piece: _Piece, leaving: list[fx.Node]) -> tuple[Segment, SegmentStep]:
         inside = set(piece.nodes)
@@ -159,7 +161,13 @@ class _Builder:
         nodes = graph_to_json(self.graph)
         eager = piece.kind == "eager"
         segment = Segment(
-            graph_hash(nodes) + ("e" if eager else ""), nodes, len(activations), len(weights), len(leaving), eager
+            graph_hash(nodes) + ("e" if eager else ""),
+            nodes,
+            len(activations),
+            len(weights),
+            len(leaving),
+            eager,
+            self.sizes if self.program.kind == "module" else {},
         )
         step = SegmentStep(
             segment.id,
@@ -172,21 +180,25 @@ class _Builder:
     def _outside(self, piece: _Piece, inside: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
         activations: dict[fx.Node, None] = {}
         weights: dict[fx.Node, None] = {}
-        sizes: list[fx.Node] = []
+        leaves: list[fx.Node] = []
         for node in piece.nodes:
             for operand in node.all_input_nodes:
                 if operand in inside:
                     continue
                 if _is_size(operand):
-                    sizes.append(operand)
+                    leaves.extend(_size_leaves(operand))
                     continue
-                spec = self.specs.get(operand.name) if operand.op == "placeholder" else None
-                (weights if spec is not None and spec.kind == "weight" else activations)[operand] = None
-        for size in sizes:
-            for source in _size_sources(size):
-                if source not in inside and not self._find_size(str(size.meta["val"]), [*activations, *inside]):
-                    activations[source] = None
+                (weights if self._is_weight(operand) else activations)[operand] = None
+        for leaf in leaves:
+            if not self._find_size(str(leaf.meta["val"]), list(activations)):
+                for source in leaf.all_input_nodes:
+                    if source not in inside:
+                        (weights if self._is_weight(source) else activations)[source] = None
         return list(activations), list(weights)
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        spec = self.specs.get(node.name) if node.op == "placeholder" else None
+        return spec is not None and spec.kind == "weight"
 
     def _find_size(self, text: str, nodes: list[fx.Node]) -> tuple[fx.Node, int] | None:
         for node in nodes:
@@ -200,13 +212,15 @@ class _Builder:
     def _placeholder(self, node: fx.Node, name: str) -> None:
         new = self.graph.placeholder(name)
         value = node.meta["val"]
-        shape = [int(s) if isinstance(s, int) else self._size_text(str(s)) for s in value.shape]
+        shape = [int(s) if isinstance(s, int) else self._size_text(s) for s in value.shape]
         new.meta["spec"] = (tuple(shape), str(value.dtype).removeprefix("torch."))
         new.meta["val"] = value
         self.made[node] = new
 
-    def _size_text(self, text: str) -> str:
-        return self.symbols.get(text, text)
+    def _size_text(self, size: torch.SymInt) -> str:
+        text = re.sub(r"[a-z]+\d+", lambda found: self.symbols.get(found[0], found[0]), str(size))
+        self.sizes[text] = size.node.hint if size.node.has_hint() else 8
+        return text
 
     def _copy(self, node: fx.Node) -> None:
         args = fx.node.map_arg(node.args, self._value)
@@ -227,9 +241,6 @@ class _Builder:
         found = self._find_size(text, list(self.made.values()))
         if found is not None:
             new = self.graph.create_node("call_function", _SYM_SIZE, found, {}, name=f"n{self.count}")
-        elif node.target == _SYM_SIZE:
-            args = (self.made[node.args[0]], node.args[1])
-            new = self.graph.create_node("call_function", _SYM_SIZE, args, {}, name=f"n{self.count}")
         else:
             args = fx.node.map_arg(node.args, self._value)
             new = self.graph.create_node("call_function", node.target, args, {}, name=f"n{self.count}")
@@ -238,8 +249,8 @@ class _Builder:
         return new
 
 
-def _size_sources(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a size is computed from."""
-    if node.target == _SYM_SIZE:
-        return [node.args[0]]
-    return [source for operand in node.all_input_nodes for source in _size_sources(operand)]
+def _size_leaves(node: fx.Node) -> list[fx.Node]:
+    """The nodes that read a tensor, out of those that a size is computed from."""
+    if any(not _is_size(operand) for operand in node.all_input_nodes):
+        return [node]
+    return [leaf for operand in node.all_input_nodes for leaf in _size_leaves(operand)]

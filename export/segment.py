@@ -21,6 +21,7 @@ class Segment:
 
     id: hash of `nodes`; nodes: the graph as JSON (placeholders: num_inputs activations, then weights); num_outputs.
     eager: it holds operators that no target lowers and runs in plain PyTorch (`operators` names them).
+    sizes: of a module's segment, each varying size with its value in the trace, at which it is lowered.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Segment:
     num_weights: int
     num_outputs: int
     eager: bool = False
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def graph_module(self, device: torch.device) -> fx.GraphModule:
         """The segment as an executable GraphModule on `device`."""

@@ -36,8 +36,11 @@ class _InliningInterpreter(fx.Interpreter):
 
 
 def example_inputs(segment: Segment, device: torch.device, num_tokens: int) -> list[Tensor]:
-    """Tensors that fit the segment's inputs; varying sizes are `num_tokens`, sampled rows `num_tokens - 1`."""
-    sizes = {"R": max(num_tokens - 1, 2)}
+    """Tensors that fit the segment's inputs; varying sizes are `num_tokens`, sampled rows `num_tokens - 1`.
+
+    A module's segment has sizes of its own, those of the module's trace.
+    """
+    sizes = {"R": max(num_tokens - 1, 2), **segment.sizes}
     inputs = []
     for entry in segment.placeholders:
         shape = [sizes.get(s, num_tokens) if isinstance(s, str) else s for s in entry["shape"]]
@@ -46,13 +49,15 @@ def example_inputs(segment: Segment, device: torch.device, num_tokens: int) -> l
 
 
 def dynamic_shapes(segment: Segment, max_tokens: int) -> list[dict[int, Any]]:
-    """Which sizes of the inputs vary, for torch.export."""
+    """Which sizes of the inputs vary, for torch.export. Those of a module are left to it, limits and all."""
     dims: dict[str, Any] = {}
     shapes = []
     for entry in segment.placeholders:
         varying = {}
         for axis, size in enumerate(entry["shape"]):
-            if isinstance(size, str):
+            if segment.sizes and isinstance(size, str):
+                varying[axis] = torch.export.Dim.DYNAMIC
+            elif isinstance(size, str):
                 dims.setdefault(size, torch.export.Dim(size, min=2, max=max(max_tokens, 16)))
                 varying[axis] = dims[size]
         shapes.append(varying)

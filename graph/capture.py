@@ -64,10 +64,13 @@ def capture(
     signature = exported.graph_signature
     weight_map = WeightMap(dict(weights))
     inputs: list[InputSpec] = []
+    arguments: list[str] = []
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
     for node in [n for n in graph_module.graph.nodes if n.op == "placeholder"]:
         value = node.meta["val"]
+        if node.name not in names and node.name not in constants:
+            arguments.append(node.name)
         if not isinstance(value, torch.Tensor):
             if node.users:
                 raise CaptureError(f"{name}: input {node.name} is a {type(value).__name__}; only tensors can vary")
@@ -100,9 +103,18 @@ def capture(
         kind=cast(Any, kind),
         name=name,
         out_spec=exported.call_spec.out_spec,
+        in_spec=exported.call_spec.in_spec,
+        arguments=tuple(arguments),
     )
+    program.info["ranges"] = {str(symbol): _bounds(limits) for symbol, limits in exported.range_constraints.items()}
     drop_unused_inputs(program)
     return program
+
+
+def _bounds(limits: Any) -> tuple[int, int | None]:
+    """Smallest and largest legal value of a varying size; None: no limit."""
+    upper = int(limits.upper) if limits.upper.is_finite and limits.upper < 1 << 62 else None
+    return (int(limits.lower) if limits.lower.is_finite else 0), upper
 
 
 def _constant(value: Any) -> Any:

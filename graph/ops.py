@@ -85,7 +85,15 @@ def _attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    return dense_attention(q, k, v, sinks, alibi_slopes, scale, window, softcap)
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if sinks is not None or softcap or alibi_slopes is not None or q.dtype != v.dtype:
+        return dense_attention(q, k, v, sinks, alibi_slopes, scale, window, softcap)
+    square = num_queries == num_keys and not window
+    mask = None if square else causal_mask(num_queries, num_keys, window, q.device)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).contiguous()
 
 
 def _attention_fake(
@@ -301,4 +309,8 @@ _INLINE: dict[Any, Callable[..., Any]] = {
     torch.ops.camshaft.add_rms_norm.default: _add_rms_norm,
     torch.ops.camshaft.rope.default: _rope,
     torch.ops.camshaft.glu.default: _glu,
+    torch.ops.camshaft.attention.default: _attention,
 }
+
+DEFINITIONS: dict[Any, Callable[..., Any]] = {**_INLINE, torch.ops.camshaft.moe.default: _moe}
+"""Operators to their Python definitions, to be called without going through the dispatcher."""

@@ -96,6 +96,8 @@ class Program:
 
     `graph_module` is flat and functional: each weight, cache and input is a placeholder, described by `inputs` in the same
     order; every node carries `meta["val"]`. `kind` is "decoder" (token_ids and positions in, logits out) or "module".
+    `in_spec` and `out_spec` are the trees of a module's (args, kwargs) and outputs; `arguments` names the leaves of the
+    former, in order, among them those that are no tensors and have no placeholder.
     """
 
     graph_module: fx.GraphModule
@@ -107,6 +109,8 @@ class Program:
     cache: CacheSpec | None = None
     history: tuple[PassRecord, ...] = ()
     out_spec: Any = None
+    in_spec: Any = None
+    arguments: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import operator
 from typing import Any
 
@@ -16,8 +17,28 @@ from torch import fx, nn
 
 _BUILTINS = {
     f"operator.{name}": getattr(operator, name)
-    for name in ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "eq", "ge", "le", "lt", "gt")
+    for name in (
+        "getitem",
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "mod",
+        "neg",
+        "truediv",
+        "pow",
+        "eq",
+        "ne",
+        "ge",
+        "le",
+        "lt",
+        "gt",
+    )
 }
+_BUILTINS |= {
+    f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_ite")
+}
+_BUILTINS |= {f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")}
 _BUILTIN_NAMES = {function: name for name, function in _BUILTINS.items()}
 
 

@@ -20,7 +20,14 @@ Bound = Callable[..., Sequence[Tensor]]
 
 
 class LoweringError(RuntimeError):
-    """A segment that a target could not lower, or an engine that it cannot open; the message names the cause and the fix."""
+    """A segment that a target could not lower, or an engine that it cannot open; the message names the cause and the fix.
+
+    operators: the names of those that could not be lowered, as in `Segment.operators`, where they are known.
+    """
+
+    def __init__(self, message: str, operators: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.operators = operators
 
 
 class Lowered(Protocol):

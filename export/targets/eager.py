@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from ...graph import ops as _ops  # noqa: F401  registers camshaft::*
+from ...graph import ops
 from ..segment import Segment
 from .base import Bound
 
@@ -16,6 +16,9 @@ from .base import Bound
 class _EagerSegment:
     def __init__(self, segment: Segment, device: torch.device) -> None:
         self._module = segment.graph_module(device)
+        for node in self._module.graph.nodes:  # called directly, an operator's definition costs no dispatch
+            node.target = ops.DEFINITIONS.get(node.target, node.target) if node.op == "call_function" else node.target
+        self._module.recompile()
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
         forward = self._module.forward

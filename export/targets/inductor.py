@@ -26,9 +26,9 @@ class _InductorSegment:
         self._runner = runner
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
-        bound = list(weights)
+        bound = [weight.contiguous() for weight in weights]  # compiled code takes the strides of the trace for granted
         call = self._runner.loader.run  # type: ignore[attr-defined]
-        return lambda *inputs: call([*inputs, *bound])
+        return lambda *inputs: call([x if x.is_contiguous() else x.contiguous() for x in inputs] + bound)
 
 
 class InductorTarget:
@@ -54,11 +54,11 @@ class InductorTarget:
     def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
         from torch._inductor import aoti_compile_and_package
 
-        exported = export_segment(segment, device, max_tokens, ops.inline)
         buffer = io.BytesIO()
         try:
+            exported = export_segment(segment, device, max_tokens, ops.inline)
             aoti_compile_and_package(exported, package_path=buffer)
-        except (RuntimeError, torch._inductor.exc.InductorError) as error:
+        except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
             raise LoweringError(
                 f"Inductor could not compile segment {segment.id}: {str(error).splitlines()[0]}"
             ) from error
@@ -69,7 +69,8 @@ class InductorTarget:
 
         assert engine is not None
         try:
-            return _InductorSegment(aoti_load_package(str(engine)))
+            # single-threaded: otherwise a call waits on the host until the previous one has left the device
+            return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
         except (RuntimeError, OSError) as error:
             raise LoweringError(
                 f"{engine.name} cannot be opened ({str(error).splitlines()[0]}); build the engine again here"

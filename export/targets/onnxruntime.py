@@ -7,6 +7,7 @@ ONNX Runtime then packs for its kernels.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,25 @@ class OnnxRuntimeTarget:
     def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
         from .onnx_graph import segment_to_onnx
 
-        return segment_to_onnx(segment, max_tokens)
+        try:
+            return segment_to_onnx(segment, max_tokens)
+        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+            raise _lowering_error(segment, error) from error
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> _OnnxSegment:
         assert engine is not None
         return _OnnxSegment(segment, engine)
+
+
+def _lowering_error(segment: Segment, error: BaseException) -> LoweringError:
+    """The exporter's error with the names of the operators that it could not translate."""
+    names: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        names += re.findall(r"torch\.ops\.([\w.]+)\]", str(cause))
+        cause = cause.__cause__
+    text = f"{', '.join(dict.fromkeys(names))} has no ONNX form" if names else str(error).strip().splitlines()[0]
+    return LoweringError(f"segment {segment.id} cannot become an ONNX graph: {text}", operators=tuple(names))
 
 
 class _OnnxSegment:
@@ -75,7 +90,9 @@ class _OnnxSegment:
         try:
             session = ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
         except (RuntimeError, ValueError) as error:
-            raise LoweringError(f"ONNX Runtime {ort.__version__} does not open {self._name}: {error}; build the engine again") from error
+            raise LoweringError(
+                f"ONNX Runtime {ort.__version__} does not open {self._name}: {error}; build the engine again"
+            ) from error
         return _runner(session, self._segment.num_inputs)
 
 
