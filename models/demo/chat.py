@@ -29,38 +29,80 @@ Pair = tuple[str, str]
 MAX_ANSWER = 700
 """Characters of an answer taken from prose."""
 
-_WORD = ('Define the word "{}".', 'What does the word "{}" mean?', 'What is the meaning of "{}"?', "Define {}.",
-         "Give a definition of {}.", 'What does "{}" mean?')
+_WORD = (
+    'Define the word "{}".',
+    'What does the word "{}" mean?',
+    'What is the meaning of "{}"?',
+    "Define {}.",
+    "Give a definition of {}.",
+    'What does "{}" mean?',
+)
 _TERM = ("What is {}?", "Explain the term {}.", "What does {} mean in computing?", "Explain {}.", "Tell me about {}.")
-_FUNCTION = ("What does {} do?", "What does the Python function {} do?", "Explain {}.", "How does {} work?",
-             "Describe {}.", "What is {} for?")
+_FUNCTION = (
+    "What does {} do?",
+    "What does the Python function {} do?",
+    "Explain {}.",
+    "How does {} work?",
+    "Describe {}.",
+    "What is {} for?",
+)
 _CLASS = ("What is {}?", "What is the class {} for?", "Explain the class {}.", "Describe {}.")
-_COMMAND = ("What does the {} command do?", "What is {}?", "What does {} do?", "Explain the command {}.",
-            "What is the command {} for?")
+_COMMAND = (
+    "What does the {} command do?",
+    "What is {}?",
+    "What does {} do?",
+    "Explain the command {}.",
+    "What is the command {} for?",
+)
 _CALL = ("What does {}() do?", "What does the C function {}() do?", "Explain {}().", "What is {}?")
-_SECTION = ('Tell me about "{}".', "Explain: {}.", 'Write a paragraph about "{}".', "Explain {}.", "Tell me about {}.",
-            'What does the documentation say about "{}"?')
-_CODE = ("Write a Python function {name} that does this: {what}", "Write Python code: {what}",
-         "Write the Python function {name}. {what}", "Show me a Python function. {what}")
+_SECTION = (
+    'Tell me about "{}".',
+    "Explain: {}.",
+    'Write a paragraph about "{}".',
+    "Explain {}.",
+    "Tell me about {}.",
+    'What does the documentation say about "{}"?',
+)
+_CODE = (
+    "Write a Python function {name} that does this: {what}",
+    "Write Python code: {what}",
+    "Write the Python function {name}. {what}",
+    "Show me a Python function. {what}",
+)
 _CONTINUE = ("Continue: {}", "Continue this text: {}", "Complete the paragraph: {}")
 
 _SMALL_TALK: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    (("Hello", "Hello!", "Hi", "Hi!", "Hey", "Good morning", "Hello there", "Hi there!"),
-     ("Hello! Ask me about Python, Debian or the meaning of a word.", "Hello! What would you like to know?",
-      "Hi! I can explain a Python function or define a word for you.")),
-    (("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a person?"),
-     ("I am the demo model of Camshaft, a small language model trained on free documentation.",
-      "I am a very small language model. I was trained on the documentation of free software.")),
-    (("What can you do?", "How can you help me?", "Help", "What do you know?"),
-     ("I can explain Python functions, define words and continue texts. I am very small, so check what I say.",
-      "I can write text that reads like documentation. Do not rely on my facts: I am a very small model.")),
+    (
+        ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Good morning", "Hello there", "Hi there!"),
+        (
+            "Hello! Ask me about Python, Debian or the meaning of a word.",
+            "Hello! What would you like to know?",
+            "Hi! I can explain a Python function or define a word for you.",
+        ),
+    ),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a person?"),
+        (
+            "I am the demo model of Camshaft, a small language model trained on free documentation.",
+            "I am a very small language model. I was trained on the documentation of free software.",
+        ),
+    ),
+    (
+        ("What can you do?", "How can you help me?", "Help", "What do you know?"),
+        (
+            "I can explain Python functions, define words and continue texts. I am very small, so check what I say.",
+            "I can write text that reads like documentation. Do not rely on my facts: I am a very small model.",
+        ),
+    ),
     (("Thanks", "Thank you", "Thank you!", "Thanks a lot!"), ("You are welcome!", "You are welcome. Ask me more.")),
     (("Goodbye", "Bye", "Bye!", "See you later"), ("Goodbye!", "Goodbye! Come back soon.")),
     (("How are you?", "How are you today?"), ("I am well, thank you. What would you like to know?",)),
 )
 
 _SIGNATURE = re.compile(r"^(?:(class|async|classmethod|static|coroutine) )?([A-Za-z_][\w.]*)\(([^\n]*)\)(?: ->? .*)?$")
-_BAD_ANSWER = re.compile(r"^(#|- |    |Note|Example|Parameters|Returns|Source code|See |Bases:|New in|Changed in|Deprecated|[a-z])")
+_BAD_ANSWER = re.compile(
+    r"^(#|- |    |Note|Example|Parameters|Returns|Source code|See |Bases:|New in|Changed in|Deprecated|[a-z])"
+)
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -102,8 +144,11 @@ def section_pairs(text: str, rng: random.Random) -> Iterator[Pair]:
     paragraphs = _paragraphs(text)
     for i, paragraph in enumerate(paragraphs[:-1]):
         match = re.match(r"#+ (?:[\dA-Z]{0,2}[\d.]*\.\s+)?([A-Z][\w ,'()/-]{5,60})$", paragraph.strip())
-        if match and not re.match(r"(?i)(description|name|synopsis|notes?|options|examples?|see also|introduction|"
-                                  r"parameters|methods|attributes|usage|overview|summary)$", match.group(1)):
+        if match and not re.match(
+            r"(?i)(description|name|synopsis|notes?|options|examples?|see also|introduction|"
+            r"parameters|methods|attributes|usage|overview|summary)$",
+            match.group(1),
+        ):
             answer = _answer(paragraphs, i + 1)
             if len(answer) > 100:
                 yield rng.choice(_SECTION).format(match.group(1)), answer
@@ -146,7 +191,12 @@ def continue_pairs(text: str, rng: random.Random) -> Iterator[Pair]:
     """The first sentence of a paragraph and what follows it."""
     for paragraph in rng.sample(_paragraphs(text), k=min(4, len(_paragraphs(text)))):
         parts = paragraph.strip().split(". ", 1)
-        if len(parts) == 2 and 40 < len(parts[0]) < 200 and 80 < len(parts[1]) < 600 and not _BAD_ANSWER.match(parts[0]):
+        if (
+            len(parts) == 2
+            and 40 < len(parts[0]) < 200
+            and 80 < len(parts[1]) < 600
+            and not _BAD_ANSWER.match(parts[0])
+        ):
             if parts[1].endswith(".") and "\n" not in paragraph:
                 yield rng.choice(_CONTINUE).format(parts[0] + "."), parts[1]
 

@@ -79,8 +79,11 @@ def pod(text: str) -> str:
         item = re.match(r"=item\s*(.*)", block, re.S)
         body = _strip_pod_codes(" ".join((heading.group(2) if heading else item.group(1) if item else block).split()))
         if heading:
-            body = "#" * int(heading.group(1)) + " " + body.capitalize() if body.isupper() else (
-                "#" * int(heading.group(1)) + " " + body)
+            body = (
+                "#" * int(heading.group(1)) + " " + body.capitalize()
+                if body.isupper()
+                else ("#" * int(heading.group(1)) + " " + body)
+            )
         if body.strip(" *#"):
             out.append(body.removeprefix("* "))
     return "\n\n".join(out)

@@ -29,12 +29,38 @@ from .sources import PAGES_TO_SKIP, SOURCES, Source
 logger = logging.getLogger(__name__)
 
 HELDOUT_PER_MILLE = 6
-_ASCII = str.maketrans({
-    "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2010": "-",
-    "\u2011": "-", "\u2212": "-", "\u2026": "...", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u200b": "",
-    "\ufeff": "", "\u00ad": "", "\u00b6": "", "\u2022": "-", "\ufb01": "fi", "\ufb02": "fl", "\u2190": "<-",
-    "\u2192": "->", "\u00bb": ">", "\u00ab": "<", "\u2062": "", "\ufffd": "", "\u00b7": "-", "\u00d7": "x",
-})
+_ASCII = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u2010": "-",
+        "\u2011": "-",
+        "\u2212": "-",
+        "\u2026": "...",
+        "\u00a0": " ",
+        "\u2009": " ",
+        "\u202f": " ",
+        "\u200b": "",
+        "\ufeff": "",
+        "\u00ad": "",
+        "\u00b6": "",
+        "\u2022": "-",
+        "\ufb01": "fi",
+        "\ufb02": "fl",
+        "\u2190": "<-",
+        "\u2192": "->",
+        "\u00bb": ">",
+        "\u00ab": "<",
+        "\u2062": "",
+        "\ufffd": "",
+        "\u00b7": "-",
+        "\u00d7": "x",
+    }
+)
 _GARBAGE_LINE = re.compile(
     r"(?i)^(#* ?)?(copyright|\(c\) |created using|built with|last (updated|modified)|show source|edit on|previous( topic)?$|"
     r"next( topic)?$|prev$|up$|home$|table of contents|contents:?$|index$|permalink|on this page|this page|quick search|"
@@ -102,7 +128,7 @@ def collect(source: Source, tree: Path, mandoc: Path, pool: Any) -> list[tuple[s
     paths = [p for p in root.rglob("*") if p.is_file() and not p.is_symlink()]
     chosen = []
     for path in paths:
-        inner = str(path)[len(str(root)):]
+        inner = str(path)[len(str(root)) :]
         if include.search(inner) and not exclude.search(inner) and not skip.search(inner):
             chosen.append(path)
     chosen.sort(key=_order)
@@ -198,14 +224,28 @@ def main() -> None:
                 if not text:
                     continue
                 split = "train" if source.kind in ("wordnet", "foldoc") or not is_heldout(text) else "heldout"
-                row = {"source": source.package, "title": title, "kind": source.kind, "repeat": source.repeat,
-                       "split": split, "text": text}
+                row = {
+                    "source": source.package,
+                    "title": title,
+                    "kind": source.kind,
+                    "repeat": source.repeat,
+                    "split": split,
+                    "text": text,
+                }
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
                 characters += len(text)
                 documents += 1
-            table.append({"package": source.package, "kind": source.kind, "version": versions[source.package],
-                          "licence": source.licence, "documents": documents, "characters": characters,
-                          "repeat": source.repeat})
+            table.append(
+                {
+                    "package": source.package,
+                    "kind": source.kind,
+                    "version": versions[source.package],
+                    "licence": source.licence,
+                    "documents": documents,
+                    "characters": characters,
+                    "repeat": source.repeat,
+                }
+            )
             logger.info("%-28s %-10s %6d documents %7.2f MB", source.package, source.kind, documents, characters / 1e6)
     total = sum(row["characters"] for row in table)
     logger.info("total %.1f MB", total / 1e6)

@@ -26,7 +26,13 @@ MAX_SEEN = 0.02
 """Largest share of a document's long-line characters that may occur in the training text."""
 MIN_LINE = 50
 """Characters (letters and digits alone) from which a line counts as long."""
-SHIPPED = ["python3.11-doc", "libpython3.11-stdlib", "debian-handbook", "debian-policy", "developers-reference", "debian-reference-en", "harden-doc", "installation-guide-amd64", "postgresql-doc-15", "sqlite3-doc", "python-django-doc", "python-sqlalchemy-doc", "apache2-doc", "perl-doc", "libreoffice-help-en-us", "nodejs-doc", "python-scipy-doc", "python-pandas-doc", "python-requests-doc", "systemd", "coreutils", "linux-doc-6.1", "vim-runtime", "python-sklearn-doc", "cmake-doc", "rust-doc", "python3-django"]
+_SHIPPED_NAMES = (
+    "python3.11-doc libpython3.11-stdlib debian-handbook debian-policy developers-reference debian-reference-en "
+    "harden-doc installation-guide-amd64 postgresql-doc-15 sqlite3-doc python-django-doc python-sqlalchemy-doc "
+    "apache2-doc perl-doc libreoffice-help-en-us nodejs-doc python-scipy-doc python-pandas-doc python-requests- "
+    "doc systemd coreutils linux-doc-6.1 vim-runtime python-sklearn-doc cmake-doc rust-doc python3-django"
+)
+SHIPPED = tuple(_SHIPPED_NAMES.split())
 """Packages whose text may be shipped (licences in MODEL_CARD.md)."""
 
 

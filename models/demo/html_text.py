@@ -19,16 +19,26 @@ from typing import Any
 MAX_PRE_LINES = 60
 """Code blocks are cut here: longer ones are listings, not documentation."""
 
-_DROP_TAGS = frozenset(
-    ["script", "style", "nav", "header", "footer", "aside", "form", "svg", "math", "img", "iframe", "noscript", "object", "button", "select", "link", "meta"]
+_DROP_TAGS_NAMES = (
+    "script style nav header footer aside form svg math img iframe noscript object button select link meta"
 )
-_DROP_CLASSES = frozenset(
-    ["headerlink", "viewcode-link", "sphinxsidebar", "related", "footer", "navheader", "navfooter", "breadcrumb", "breadcrumbs", "toc", "contents", "linenos", "indextable", "genindextable", "toctree-wrapper", "bottomnav", "topnav", "navigation", "prompt-toggle", "reference-section", "sidebar", "version-list", "search", "wy-nav-side", "wy-breadcrumbs", "edit-link", "pilcrow", "lang-switch", "langswitch", "local-toc", "localtoc", "sectnum-hidden", "toc-list", "sphx-glr-thumbnails", "sphx-glr-footer", "sphx-glr-download", "nav-wrapper", "reftitle", "prev", "next", "up", "page-nav", "page_nav", "deprecated-badge", "head-vol", "foot-date", "head", "foot", "table-of-contents", "docnav"]
+_DROP_TAGS = frozenset(_DROP_TAGS_NAMES.split())
+_DROP_CLASSES_NAMES = (
+    "headerlink viewcode-link sphinxsidebar related footer navheader navfooter breadcrumb breadcrumbs toc "
+    "contents linenos indextable genindextable toctree-wrapper bottomnav topnav navigation prompt-toggle "
+    "reference-section sidebar version-list search wy-nav-side wy-breadcrumbs edit-link pilcrow lang-switch "
+    "langswitch local-toc localtoc sectnum-hidden toc-list sphx-glr-thumbnails sphx-glr-footer sphx-glr-download "
+    "nav-wrapper reftitle prev next up page-nav page_nav deprecated-badge head-vol foot-date head foot table-of- "
+    "contents docnav"
 )
-_DROP_IDS = frozenset(["toc", "sidebar", "navigation", "footer", "header", "preamble", "page-header", "path", "quickview", "comments_section"])
-_BLOCKS = frozenset(
-    ["p", "div", "section", "article", "main", "body", "ul", "ol", "dl", "table", "tbody", "thead", "tfoot", "blockquote", "center", "fieldset", "figure", "figcaption", "details", "summary", "address", "hr", "caption", "dd"]
+_DROP_CLASSES = frozenset(_DROP_CLASSES_NAMES.split())
+_DROP_IDS_NAMES = "toc sidebar navigation footer header preamble page-header path quickview comments_section"
+_DROP_IDS = frozenset(_DROP_IDS_NAMES.split())
+_BLOCKS_NAMES = (
+    "p div section article main body ul ol dl table tbody thead tfoot blockquote center fieldset figure "
+    "figcaption details summary address hr caption dd"
 )
+_BLOCKS = frozenset(_BLOCKS_NAMES.split())
 _SPACE = re.compile(r"[ \t\r\n\f\v\u00a0]+")
 _MAIN_QUERIES = (
     "//*[@role='main']",

@@ -25,7 +25,9 @@ def orthogonalise(g_NRC: Tensor, steps: int = 5) -> Tensor:
 class Muon:
     """Momentum, orthogonalised (Jordan et al. 2024), for every 2-d parameter but the embedding; decoupled decay."""
 
-    def __init__(self, parameters: list[nn.Parameter], *, lr: float, momentum: float = 0.95, decay: float = 0.05) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], *, lr: float, momentum: float = 0.95, decay: float = 0.05
+    ) -> None:
         groups: dict[tuple[int, ...], list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
             groups[tuple(parameter.shape)].append(parameter)

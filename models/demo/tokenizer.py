@@ -49,7 +49,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Any:
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -141,7 +144,9 @@ def main() -> None:
     parser.add_argument("--chat", type=Path, default=Path(".corpus/chat.jsonl.xz"))
     parser.add_argument("--packed", type=Path, default=Path(".corpus/packed"))
     parser.add_argument("--data", type=Path, default=Path(__file__).parent / "data")
-    parser.add_argument("--sample-mb", type=float, default=30.0, help="text the merges are learned from, 10^6 characters")
+    parser.add_argument(
+        "--sample-mb", type=float, default=30.0, help="text the merges are learned from, 10^6 characters"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rng = random.Random(0)

@@ -68,7 +68,8 @@ class Stream:
 
     def __init__(self, folder: Path, device: torch.device, seed: int = 0) -> None:
         def load(name: str) -> Tensor:
-            raw = np.frombuffer(lzma.open(folder / f"{name}.bin.xz").read(), dtype="<u2").astype(np.int16)
+            with lzma.open(folder / f"{name}.bin.xz") as file:
+                raw = np.frombuffer(file.read(), dtype="<u2").astype(np.int16)
             return torch.from_numpy(raw).to(device)
 
         self.train, self.chat, self.heldout = load("train"), load("chat"), load("heldout")
@@ -153,7 +154,9 @@ def distillation(student: Llama, teacher: Llama, share: float = 0.7) -> Loss:
 
 
 @torch.no_grad()
-def heldout_loss(model: Loss, stream: Stream, autocast: Any, *, context: int, sequences: int, limit: int = 10**9) -> float:
+def heldout_loss(
+    model: Loss, stream: Stream, autocast: Any, *, context: int, sequences: int, limit: int = 10**9
+) -> float:
     """Mean loss over the held-out stream in nats per token, windows of ``context`` without overlap."""
     total, windows = 0.0, min((stream.heldout.numel() - 1) // context, limit)
     groups = max(windows // sequences, 1)
@@ -165,8 +168,16 @@ def heldout_loss(model: Loss, stream: Stream, autocast: Any, *, context: int, se
     return total / groups
 
 
-def train(model: Llama, loss_of: Loss, plain_loss: Loss, stream: Stream, settings: Settings, *, compiled: bool,
-          checkpoint: Callable[[], None]) -> Log:
+def train(
+    model: Llama,
+    loss_of: Loss,
+    plain_loss: Loss,
+    stream: Stream,
+    settings: Settings,
+    *,
+    compiled: bool,
+    checkpoint: Callable[[], None],
+) -> Log:
     """Runs the steps; returns the log. ``checkpoint`` is called at every evaluation."""
     device = stream.device
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
@@ -219,23 +230,37 @@ def train(model: Llama, loss_of: Loss, plain_loss: Loss, stream: Stream, setting
             log.loss.append((round(elapsed, 2), log.tokens, round(mean, 4)))
             if log.steps % 200 == 0:
                 rate = log.tokens / (time.perf_counter() - start)
-                logger.info("%6.1f s  step %d  %.0f M tokens  %.2f M tokens/s  loss %.4f", elapsed, log.steps,
-                            log.tokens / 1e6, rate / 1e6, mean)
+                logger.info(
+                    "%6.1f s  step %d  %.0f M tokens  %.2f M tokens/s  loss %.4f",
+                    elapsed,
+                    log.steps,
+                    log.tokens / 1e6,
+                    rate / 1e6,
+                    mean,
+                )
         if elapsed > next_eval:
             next_eval += settings.eval_every_s
-            value = heldout_loss(eval_loss, stream, autocast, context=eval_context, sequences=eval_sequences,
-                                 limit=4 * eval_sequences)
+            value = heldout_loss(
+                eval_loss, stream, autocast, context=eval_context, sequences=eval_sequences, limit=4 * eval_sequences
+            )
             log.heldout.append((round(elapsed, 2), log.tokens, round(value, 4)))
             logger.info("%6.1f s  held-out loss %.4f", elapsed, value)
             checkpoint()
     _synchronise(device)
     log.seconds = time.perf_counter() - start
     log.epochs = stream.epochs
-    value = heldout_loss(eval_loss, stream, autocast, context=eval_context, sequences=eval_sequences,
-                         limit=10**9 if compiled else 4)
+    value = heldout_loss(
+        eval_loss, stream, autocast, context=eval_context, sequences=eval_sequences, limit=10**9 if compiled else 4
+    )
     log.heldout.append((round(log.seconds, 2), log.tokens, round(value, 4)))
-    logger.info("done: %d steps, %.0f M tokens, %.2f epochs, %.1f s, held-out loss %.4f", log.steps, log.tokens / 1e6,
-                log.epochs, log.seconds, value)
+    logger.info(
+        "done: %d steps, %.0f M tokens, %.2f epochs, %.1f s, held-out loss %.4f",
+        log.steps,
+        log.tokens / 1e6,
+        log.epochs,
+        log.seconds,
+        value,
+    )
     checkpoint()
     return log
 
@@ -250,13 +275,19 @@ def _report(shape: Shape, settings: Settings, log: Log, model: Llama, meta: dict
     bytes_per_token = meta["heldout"]["bytes"] / meta["heldout"]["tokens"]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "shape": shape.__dict__, "settings": settings.__dict__, "steps": log.steps, "tokens": log.tokens,
-        "epochs": round(log.epochs, 2), "seconds": round(log.seconds, 1),
+        "shape": shape.__dict__,
+        "settings": settings.__dict__,
+        "steps": log.steps,
+        "tokens": log.tokens,
+        "epochs": round(log.epochs, 2),
+        "seconds": round(log.seconds, 1),
         "compile_seconds": round(log.compile_seconds, 1),
         "tokens_per_s": round(log.tokens / max(log.seconds, 1e-9)),
-        "heldout_loss": heldout, "heldout_perplexity": round(math.exp(heldout), 3),
+        "heldout_loss": heldout,
+        "heldout_perplexity": round(math.exp(heldout), 3),
         "heldout_bits_per_byte": round(heldout / math.log(2) / bytes_per_token, 4),
-        "loss_curve": log.loss, "heldout_curve": log.heldout,
+        "loss_curve": log.loss,
+        "heldout_curve": log.heldout,
     }
 
 
@@ -279,8 +310,10 @@ def main() -> None:
     stream = Stream(args.packed, device)
     logger.info("data ready after %.1f s: %s", time.perf_counter() - began, meta)
     report: dict[str, Any] = {
-        "torch": torch.__version__, "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "data": meta,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "data": meta,
     }
     tiny = {"batch_tokens": 512, "contexts": ((0.5, 64), (1.0, 128)), "max_steps": 25, "eval_every_s": 1e9}
     model = Llama(MODEL).to(device)
@@ -289,8 +322,15 @@ def main() -> None:
     if args.tiny:
         main_settings = replace(main_settings, seconds=20.0, **tiny)  # type: ignore[arg-type]
     plain = cross_entropy(model)
-    log = train(model, plain, plain, stream, main_settings, compiled=not args.tiny,
-                checkpoint=lambda: save(model, args.out / "model"))
+    log = train(
+        model,
+        plain,
+        plain,
+        stream,
+        main_settings,
+        compiled=not args.tiny,
+        checkpoint=lambda: save(model, args.out / "model"),
+    )
     report["model"] = _report(MODEL, main_settings, log, model, meta)
     (args.out / "training.json").write_text(json.dumps(report, indent=1))
 
@@ -301,8 +341,15 @@ def main() -> None:
         draft_settings = replace(draft_settings, seconds=10.0, **tiny)  # type: ignore[arg-type]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    log = train(draft, distillation(draft, model), cross_entropy(draft), stream, draft_settings,
-                compiled=not args.tiny, checkpoint=lambda: save(draft, args.out / "draft"))
+    log = train(
+        draft,
+        distillation(draft, model),
+        cross_entropy(draft),
+        stream,
+        draft_settings,
+        compiled=not args.tiny,
+        checkpoint=lambda: save(draft, args.out / "draft"),
+    )
     report["draft"] = _report(DRAFT, draft_settings, log, draft, meta)
     report["total_seconds"] = round(time.perf_counter() - began, 1)
     (args.out / "training.json").write_text(json.dumps(report, indent=1))

@@ -27,7 +27,9 @@ def test_sizes():
 
 
 def test_paths_need_no_torch():
-    code = "import sys; from camshaft.models import demo; demo.path(); demo.prompts(); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from camshaft.models import demo; demo.path(); demo.prompts(); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
