@@ -212,7 +212,7 @@ def main() -> None:
     versions = unpack(args.scratch)
     mandoc = (args.scratch / "tree/mandoc/usr/bin/mandoc").resolve()
     deduplicate = Deduplicator()
-    table = []
+    table: list[dict[str, Any]] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with multiprocessing.Pool(2) as pool, lzma.open(args.out, "wt", preset=1, encoding="utf-8") as out:
         for source in SOURCES:

@@ -43,7 +43,7 @@ def perplexity(folder: Path, text: str, *, context: int = 1024, max_tokens: int 
             logits = model(window[:, :-1]).logits[0].float()
             total += float(torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum"))
             count += window.shape[1] - 1
-    scored_bytes = len(tokenizer.decode(ids, skip_special_tokens=True).encode())
+    scored_bytes = len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode())
     return {
         "tokens": count,
         "nats_per_token": total / count,

@@ -29,8 +29,9 @@ MIN_LINE = 50
 _SHIPPED_NAMES = (
     "python3.11-doc libpython3.11-stdlib debian-handbook debian-policy developers-reference debian-reference-en "
     "harden-doc installation-guide-amd64 postgresql-doc-15 sqlite3-doc python-django-doc python-sqlalchemy-doc "
-    "apache2-doc perl-doc libreoffice-help-en-us nodejs-doc python-scipy-doc python-pandas-doc python-requests- "
-    "doc systemd coreutils linux-doc-6.1 vim-runtime python-sklearn-doc cmake-doc rust-doc python3-django"
+    "apache2-doc perl-doc libreoffice-help-en-us nodejs-doc python-scipy-doc python-pandas-doc "
+    "python-requests-doc systemd coreutils linux-doc-6.1 vim-runtime python-sklearn-doc cmake-doc rust-doc "
+    "python3-django"
 )
 SHIPPED = tuple(_SHIPPED_NAMES.split())
 """Packages whose text may be shipped (licences in MODEL_CARD.md)."""

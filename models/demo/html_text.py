@@ -28,8 +28,8 @@ _DROP_CLASSES_NAMES = (
     "contents linenos indextable genindextable toctree-wrapper bottomnav topnav navigation prompt-toggle "
     "reference-section sidebar version-list search wy-nav-side wy-breadcrumbs edit-link pilcrow lang-switch "
     "langswitch local-toc localtoc sectnum-hidden toc-list sphx-glr-thumbnails sphx-glr-footer sphx-glr-download "
-    "nav-wrapper reftitle prev next up page-nav page_nav deprecated-badge head-vol foot-date head foot table-of- "
-    "contents docnav"
+    "nav-wrapper reftitle prev next up page-nav page_nav deprecated-badge head-vol foot-date head foot "
+    "table-of-contents docnav"
 )
 _DROP_CLASSES = frozenset(_DROP_CLASSES_NAMES.split())
 _DROP_IDS_NAMES = "toc sidebar navigation footer header preamble page-header path quickview comments_section"
