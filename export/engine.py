@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +121,8 @@ class Engine:
                 file = self.manifest.engines.get(segment.id)
                 lowered[segment.id] = target.load(segment, self.engine_dir / file if file else None, self.device)
             self._executor = Executor(self.plan, lowered, tensors)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # parts of joined weights: the KV cache can have their memory
         return self._executor
 
     def bind_cache(self, num_blocks: Sequence[int]) -> None:
@@ -133,12 +136,9 @@ class Engine:
         executor.caches = []
         for index, layer in enumerate(cache.layers):
             shape = (num_blocks[cache.group_of(index)], cache.block_size, layer.num_kv_heads)
-            executor.caches.append(
-                (
-                    torch.zeros((*shape, layer.head_dim), dtype=layer.dtype, device=self.device),
-                    torch.zeros((*shape, layer.value_dim), dtype=layer.dtype, device=self.device),
-                )
-            )
+            sizes = ((*shape, layer.head_dim), (*shape, layer.value_dim))
+            k_cache, v_cache = (_zeros(size, layer.dtype, self.device) for size in sizes)
+            executor.caches.append((k_cache, v_cache))
 
     def step(self, batch: Any) -> Tensor:
         """Runs one step on a runtime Batch: writes keys and values, returns logits [R, V] float32 on the device."""
@@ -209,3 +209,13 @@ class Engine:
 
 def _pad(tensor: Tensor, count: int, value: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, count), value=value)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU in pages that the system hands out when they are first touched, so that a large cache costs no time."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = dtype.itemsize
+    for size in shape:
+        count *= size
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
