@@ -1,0 +1,182 @@
+"""Timed runs of an LLM: all requests at once (throughput), or one after another (latency)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..sampling_params import SamplingParams
+from .statistics import distribution
+from .workload import BenchRequest
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+    from ..outputs import RequestOutput
+
+Repeat = dict[str, float]
+"""Metrics of one timed run, by name; the unit is the name's end (_s, _ms, tok_s)."""
+
+
+@dataclass(slots=True)
+class _Step:
+    start_s: float
+    num_tokens: int
+    num_sequences: int
+    num_sampled: int
+
+
+class RecordingEngine:
+    """An engine that notes when each step began and how large it was, and is otherwise the engine it wraps.
+
+    steps: emptied by `clear`. A step costs a microsecond more.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.steps: list[_Step] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def bind_cache(self, num_blocks: Sequence[int]) -> None:
+        """Allocates the wrapped engine's KV cache."""
+        self._engine.bind_cache(num_blocks)
+
+    def step(self, batch: Any) -> Any:
+        """Runs the wrapped engine's step."""
+        rows = batch.sample_rows.shape[0]
+        self.steps.append(_Step(time.perf_counter(), batch.token_ids.shape[0], batch.seq_lens.shape[0], rows))
+        return self._engine.step(batch)
+
+    def clear(self) -> None:
+        """Forgets all steps."""
+        self.steps = []
+
+
+def sampling_of(request: BenchRequest, *, ignore_eos: bool) -> SamplingParams:
+    """Greedy, with the request's output length, token ids only."""
+    return SamplingParams(temperature=0, max_tokens=request.output_len, ignore_eos=ignore_eos, detokenize=False)
+
+
+def run_throughput(
+    llm: LLM, engine: RecordingEngine, requests: Sequence[BenchRequest], *, ignore_eos: bool = True
+) -> Repeat:
+    """All requests at once. `engine` is the one that `llm` runs.
+
+    Returns output_tok_s and total_tok_s (output, and prompt with output tokens, per second of the whole run), requests_s,
+    duration_s; ttft_ms_* (arrival of all requests to first token, waiting included); tpot_ms_* (per request: first to last
+    token, over the tokens between); itl_ms_* (time between steps, counted for every sequence that got a token, so a
+    stall counts for all whom it stalls); steps, mean_batch_size (sequences per step), mean_batch_tokens,
+    prefix_hit_tokens, preemptions.
+    """
+    params = [sampling_of(request, ignore_eos=ignore_eos) for request in requests]
+    before = llm.stats().scheduler
+    engine.clear()
+    start = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": r.prompt} for r in requests], params, progress=False)
+    end = time.perf_counter()
+    after = llm.stats().scheduler
+    num_output = sum(len(output.token_ids) for output in outputs)
+    num_input = sum(len(request.prompt) for request in requests)
+    duration = end - start
+    return {
+        "output_tok_s": num_output / duration,
+        "total_tok_s": (num_input + num_output) / duration,
+        "requests_s": len(requests) / duration,
+        "duration_s": duration,
+        "input_tokens": float(num_input),
+        "output_tokens": float(num_output),
+        **_request_times(outputs),
+        **_step_times(engine.steps, end),
+        "prefix_hit_tokens": float(after.prefix_hit_tokens - before.prefix_hit_tokens),
+        "preemptions": float(after.preemptions - before.preemptions),
+    }
+
+
+def run_latency(llm: LLM, engine: RecordingEngine, requests: Sequence[BenchRequest], *, ignore_eos: bool = True) -> Repeat:
+    """One request after another, batch size 1.
+
+    Returns decode_ms_* per token after the first, ttft_ms_*, request_s (median end-to-end seconds), output_tok_s.
+    """
+    ttft: list[float] = []
+    totals: list[float] = []
+    decode: list[float] = []
+    num_output = 0
+    for request in requests:
+        engine.clear()
+        start = time.perf_counter()
+        output = llm.generate(
+            [{"prompt_token_ids": request.prompt}], sampling_of(request, ignore_eos=ignore_eos), progress=False
+        )[0]
+        end = time.perf_counter()
+        totals.append(end - start)
+        num_output += len(output.token_ids)
+        first = output.metrics.time_to_first_token_s
+        if first is not None:
+            ttft.append(1e3 * first)
+        decode.extend(_intervals_ms(engine.steps, end)[1][1:])
+    return {
+        **distribution("decode_ms", decode),
+        **distribution("ttft_ms", ttft),
+        "request_s": sorted(totals)[len(totals) // 2],
+        "output_tok_s": num_output / sum(totals),
+        "output_tokens": float(num_output),
+    }
+
+
+def _request_times(outputs: Sequence[RequestOutput]) -> dict[str, float]:
+    ttft, tpot = [], []
+    for output in outputs:
+        metrics = output.metrics
+        if metrics.first_token_s is None or metrics.finished_s is None:
+            continue
+        ttft.append(1e3 * (metrics.first_token_s - metrics.arrival_s))
+        if len(output.token_ids) > 1:
+            tpot.append(1e3 * (metrics.finished_s - metrics.first_token_s) / (len(output.token_ids) - 1))
+    return {**distribution("ttft_ms", ttft), **distribution("tpot_ms", tpot)}
+
+
+def _intervals_ms(steps: Sequence[_Step], end: float) -> tuple[list[_Step], list[float]]:
+    """Steps that sampled, and the milliseconds until each one's tokens were there since the step before it had ended."""
+    ends = [step.start_s for step in steps[1:]] + [end]
+    kept, intervals, last = [], [], steps[0].start_s if steps else end
+    for step, step_end in zip(steps, ends):
+        if step.num_sampled:
+            kept.append(step)
+            intervals.append(1e3 * (step_end - last))
+            last = step_end
+    return kept, intervals
+
+
+def _step_times(steps: Sequence[_Step], end: float) -> dict[str, float]:
+    if not steps:
+        return {"steps": 0.0}
+    sampled, intervals = _intervals_ms(steps, end)
+    return {
+        **distribution("itl_ms", intervals[1:], [float(step.num_sampled) for step in sampled[1:]]),
+        "steps": float(len(steps)),
+        "mean_batch_size": sum(step.num_sequences for step in steps) / len(steps),
+        "mean_batch_tokens": sum(step.num_tokens for step in steps) / len(steps),
+    }
+
+
+def repeat_runs(
+    run: Callable[[int], Repeat],
+    *,
+    repeats: int,
+    warmup: int,
+    on_run: Callable[[int, Repeat], None] | None = None,
+) -> list[Repeat]:
+    """Calls `run(i)` for the warm-up (negative i, dropped) and the repeats. Raises ValueError unless repeats >= 1, warmup >= 0."""
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeat is {repeats} and warmup is {warmup}; allowed: repeat >= 1, warmup >= 0")
+    kept = []
+    for index in range(-warmup, repeats):
+        metrics = run(index)
+        if index >= 0:
+            kept.append(metrics)
+            if on_run is not None:
+                on_run(index, metrics)
+    return kept
