@@ -105,6 +105,10 @@ class Engine(Protocol):
         """Estimate of the memory that a full step needs besides weights and KV cache."""
         ...
 
+    def prepare(self) -> object:
+        """Puts the weights on the device, once, so that what is free there can be told."""
+        ...
+
     def bind_cache(self, num_blocks: Sequence[int]) -> None:
         """Allocates the KV tensors, one number of blocks per cache group."""
         ...

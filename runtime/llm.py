@@ -103,6 +103,7 @@ class LLM:
     ) -> None:
         self.engine = engine = _engine_of(model, compile_kwargs)
         chunk = min(max_chunk_tokens or engine.max_batch_tokens, engine.max_batch_tokens)
+        engine.prepare()
         plan = plan_cache(
             engine, max_chunk_tokens=chunk, kv_cache_bytes=kv_cache_bytes, memory_fraction=memory_fraction
         )

@@ -82,6 +82,9 @@ class FakeEngine:
     def activation_bytes(self) -> int:
         return 1000
 
+    def prepare(self) -> None:
+        pass
+
     def bind_cache(self, num_blocks: Sequence[int]) -> None:
         # -7 where nothing was written: reading it changes the hash
         self.caches = [np.full(n * self.block_size, -7, dtype=np.int64) for n in num_blocks]
