@@ -108,6 +108,7 @@ def capture(
     )
     program.info["ranges"] = {str(symbol): _bounds(limits) for symbol, limits in exported.range_constraints.items()}
     drop_unused_inputs(program)
+    program.graph_module.recompile()
     return program
 
 
