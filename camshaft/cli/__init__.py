@@ -1,0 +1,1 @@
+"""The command line: one module per command. torch is imported inside the commands, so that --help is quick."""

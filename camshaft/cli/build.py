@@ -1,0 +1,176 @@
+"""`camshaft build`: a model becomes an engine on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import (
+    BatchTokensOption,
+    BlockSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    NoCacheOption,
+    Output,
+    SeqLenOption,
+    SequencesOption,
+    TargetOption,
+    format_bytes,
+    output,
+    pass_table,
+    resolve_model,
+    table,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..export.bisect import EngineCheck
+    from ..export.engine import Engine
+    from ..export.segment import Plan
+
+EXAMPLES = "Example: [bold]camshaft build demo -o demo.engine --verify[/]"
+
+
+def build(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="ENGINE", help="Directory to write the engine to.", show_default=False)],
+    target: TargetOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    max_seq_len: SeqLenOption = None,
+    max_batch_tokens: BatchTokensOption = None,
+    max_sequences: SequencesOption = None,
+    block_size: BlockSizeOption = None,
+    no_cache: NoCacheOption = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the engine that is there.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare the program after each pass, and the engine's greedy tokens, with the model run by plain PyTorch; exit 1 if they disagree."),
+    ] = False,
+    dump: Annotated[Path | None, typer.Option("--dump", metavar="DIR", help="Write the graph before and after each pass there.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Also print the operators of each segment and every file.")] = False,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Compile a model into an engine directory, which runs without the checkpoint and without Transformers."""
+    import camshaft
+
+    with output(as_json) as to:
+        _check_free(out, overwrite)
+        engine = camshaft.compile(
+            model, target=target or "auto", device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences, block_size=16 if block_size is None else block_size, cache=not no_cache, verify=verify,
+            dump_dir=dump,
+        )  # fmt: skip
+        engine.save(out, overwrite=overwrite)
+        check = verify_engine(engine, resolve_model(model)) if verify else None
+        saved = camshaft.load(out, verify=False)
+        to.document = _document(saved, out, check)
+        _print(to, saved, out, report)
+        if check is not None:
+            print_check(to, check)
+            if not check.ok:
+                raise typer.Exit(1)
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    """Refuses a taken path before the work, not after it."""
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists; give --overwrite to replace an engine, or another path")
+
+
+def verify_engine(engine: Engine, model: str) -> EngineCheck:
+    """The engine beside the model's captured program, run by eager on the CPU."""
+    import torch
+
+    from ..export.bisect import check_engine
+    from ..models.huggingface import open_model, trace_decoder
+
+    program = trace_decoder(open_model(model, getattr(torch, engine.config.dtype)))
+    return check_engine(engine, program)
+
+
+def print_check(to: Output, check: EngineCheck) -> None:
+    """One line that says whether engine and program agree, and how far."""
+    verdict = "agrees with" if check.ok else "DISAGREES with"
+    ties = f" ({check.num_ties} ties)" if check.num_ties else ""
+    to.print(
+        f"verify: the engine {verdict} the program run by eager: {check.num_equal} of {len(check.tokens)} greedy tokens equal{ties}, "
+        f"logits differ by {check.logits_error:.2g} of the largest (allowed {check.tolerance:g})",
+        style="green" if check.ok else "bold red",
+    )
+    if not check.ok:
+        to.print("find the cause with `camshaft bisect MODEL`")
+
+
+def segment_table(plan: Plan, engines: dict[str, str], sizes: dict[str, int], *, operators: bool) -> Table:
+    """The distinct segments: how often each runs, weights, operators, and the size of its engine file."""
+    from ..export.bisect import operators_text
+    from ..export.segment import SegmentStep
+
+    uses = Counter(step.segment for step in plan.steps if isinstance(step, SegmentStep))
+    rows = []
+    for key, segment in plan.segments.items():
+        file = engines.get(key)
+        size = format_bytes(sizes[file]) if file in sizes else "-"
+        row: list[object] = [key, uses[key], len(segment.operators), segment.num_weights, size, "PyTorch" if segment.eager else ""]
+        rows.append([*row, operators_text(segment, 99 if operators else 5)])
+    attention = sum(not isinstance(step, SegmentStep) for step in plan.steps)
+    title = f"Segments: {len(plan.segments)} distinct, {sum(uses.values())} runs and {attention} attentions per step"
+    return table(title, ["segment", "runs", "operators", "weights", "engine", "", "mostly"], rows, left=(0, 5, 6))
+
+
+def engine_sizes(engine: Engine) -> dict[str, int]:
+    """Engine file -> bytes."""
+    return {file: (engine.engine_dir / file).stat().st_size for file in set(engine.manifest.engines.values())}
+
+
+def _print(to: Output, engine: Engine, out: Path, report: bool) -> None:
+    manifest = engine.manifest
+    to.console.print(pass_table(manifest.passes))
+    to.console.print(segment_table(engine.plan, manifest.engines, engine_sizes(engine), operators=report))
+    for line in manifest.report:
+        to.print(f"note: {line}")
+    to.print("time: " + timings_text(manifest.timings))
+    if report:
+        rows = [[name, format_bytes(facts["bytes"])] for name, facts in manifest.files.items()]
+        to.console.print(table("Files", ["file", "size"], rows))
+    build = engine.config
+    total = sum(facts["bytes"] for facts in manifest.files.values())
+    to.print(
+        f"{out}: {manifest.model.name}, {manifest.model.num_parameters / 1e6:.1f} M parameters, target {build.target}, {build.device}, "
+        f"{build.dtype}; {format_bytes(total)} ({format_bytes(engine.weights_bytes)} weights)",
+        style="bold",
+    )
+    to.print(f"run it: camshaft generate {out} \"Once upon a time\"")
+
+
+def timings_text(timings: dict[str, float]) -> str:
+    """The phases of a build: "tracing 1.2 s, passes 0.3 s"."""
+    parts = [f"{name} {seconds:.1f} s" for name, seconds in timings.items() if name != "cached"]
+    return ", ".join(parts) + (" (the rest was reused from the build cache)" if "cached" in timings else "")
+
+
+def _document(engine: Engine, out: Path, check: EngineCheck | None) -> dict[str, Any]:
+    manifest = engine.manifest
+    return {
+        "engine": str(out),
+        "camshaft_version": manifest.camshaft_version,
+        "versions": manifest.versions,
+        "hardware": manifest.hardware,
+        "build": dataclasses.asdict(manifest.build),
+        "model": dataclasses.asdict(manifest.model),
+        "passes": [dataclasses.asdict(record) for record in manifest.passes],
+        "num_segments": len(engine.plan.segments),
+        "report": list(manifest.report),
+        "timings": manifest.timings,
+        "weights_bytes": engine.weights_bytes,
+        "files": manifest.files,
+        "verify": None if check is None else {**dataclasses.asdict(check), "ok": check.ok},
+    }

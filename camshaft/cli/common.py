@@ -1,0 +1,203 @@
+"""What the commands share: consoles, --json, options of a build, tables. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..export.engine import Engine
+    from ..graph.program import PassRecord
+
+# ------------------------------------------------------------------------------------------------------------- options
+_BUILD = "Build"
+TargetOption = Annotated[
+    str | None,
+    typer.Option("--target", rich_help_panel=_BUILD, help='What runs the model: "auto" (measured here), "onnxruntime" (CPU), "inductor" or "eager".'),
+]  # fmt: skip
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", rich_help_panel=_BUILD, help='"cpu" or "cuda"; default: the GPU where there is one.')
+]  # fmt: skip
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", rich_help_panel=_BUILD, help='"float32", "bfloat16" or "float16"; default: bfloat16 on a GPU, float32 on a CPU.'),
+]  # fmt: skip
+SeqLenOption = Annotated[
+    int | None,
+    typer.Option("--max-seq-len", rich_help_panel=_BUILD, help="Most tokens of one sequence, prompt and output; default: the model's, at most 4096."),
+]  # fmt: skip
+BatchTokensOption = Annotated[
+    int | None,
+    typer.Option("--max-batch-tokens", rich_help_panel=_BUILD, help="Most tokens in one step; default: 8192 on a GPU, 1024 on a CPU."),
+]  # fmt: skip
+SequencesOption = Annotated[
+    int | None,
+    typer.Option("--max-sequences", rich_help_panel=_BUILD, help="Most sequences in one step; default: 256 on a GPU, 64 on a CPU."),
+]  # fmt: skip
+BlockSizeOption = Annotated[
+    int | None, typer.Option("--block-size", rich_help_panel=_BUILD, help="Tokens in a block of the KV cache; default: 16.")
+]  # fmt: skip
+NoCacheOption = Annotated[
+    bool, typer.Option("--no-cache", rich_help_panel=_BUILD, help="Neither reuse an earlier build nor keep this one.")
+]  # fmt: skip
+KvBytesOption = Annotated[
+    str | None,
+    typer.Option("--kv-cache-bytes", help="Size of the KV cache, such as 512M or 2G; default: by the free memory."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help='Hugging Face directory, hub id (org/name), or "demo".', show_default=False)
+]  # fmt: skip
+EngineOrModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="ENGINE_OR_MODEL",
+        help='An engine that `camshaft build` wrote; or a Hugging Face directory, a hub id or "demo", which is compiled first.',
+        show_default=False,
+    ),
+]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_bytes(text: str | None, name: str) -> int | None:
+    """ "512M" -> 536870912; K, M, G, T are powers of 1024, with or without B or iB. Raises ValueError naming the option."""
+    if text is None:
+        return None
+    number = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = number[-1:] if number[-1:] in ("K", "M", "G", "T") else ""
+    try:
+        return int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except ValueError as error:
+        raise ValueError(f"{name} is {text!r}; allowed: a number of bytes, or one with K, M, G or T, such as 512M") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- consoles
+def _console(stderr: bool, quiet: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, quiet=quiet, width=None if stream.isatty() else 130)
+
+
+def err() -> Console:
+    """The console on stderr."""
+    return _console(stderr=True)
+
+
+class Output:
+    """Where a command writes: `console` for people, `document` for --json (then the console is silent)."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.console = _console(stderr=False, quiet=as_json)
+        self.document: dict[str, Any] = {}
+
+    def print(self, text: str = "", style: str | None = None) -> None:
+        """One line of plain text."""
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def output(as_json: bool) -> Iterator[Output]:
+    """An Output whose document is printed at the end if --json was given; stdout is stderr meanwhile."""
+    made = Output(as_json)
+    if not as_json:
+        yield made
+        return
+    real = sys.stdout
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield made
+    finally:  # also where the command ends with exit code 1
+        if made.document:
+            real.write(json.dumps(made.document, indent=1, default=str) + "\n")
+            real.flush()
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, left: Sequence[int] = (0,)) -> Table:
+    """A plain table; columns whose index is in `left` are text, the others numbers."""
+    from rich.box import SIMPLE_HEAD
+    from rich.text import Text
+
+    made = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="left" if index in left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*[cell if isinstance(cell, Text) else Text(str(cell)) for cell in row])
+    return made
+
+
+def pass_table(passes: Sequence[PassRecord]) -> Table:
+    """The passes that ran: matches, nodes, milliseconds, and the error where numerics were compared."""
+    compared = any(record.max_error is not None for record in passes)
+    columns = ["pass", "stage", "matches", "nodes", "ms", *(["max error"] if compared else [])]
+    rows = []
+    for record in passes:
+        row: list[object] = [
+            record.name, record.stage, record.num_matches, f"{record.nodes_before} -> {record.nodes_after}", f"{1e3 * record.seconds:.0f}",
+        ]  # fmt: skip
+        if compared:
+            row.append("" if record.max_error is None else f"{record.max_error:.2g}")
+        rows.append(row)
+    return table("Passes", columns, rows, left=(0, 1))
+
+
+def format_bytes(count: float) -> str:
+    """ "1.50 MiB" """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+def open_engine(model: str, build: Mapping[str, Any], *, progress: bool | None = None) -> Engine:
+    """The engine of a directory that `camshaft build` wrote, or of a model, which is compiled with the given options.
+
+    build: keyword arguments of `camshaft.compile`, None where an option was not given.
+    """
+    import camshaft
+
+    given = {name: value for name, value in build.items() if value is not None}
+    if (Path(model) / "manifest.json").is_file():
+        limit = given.pop("max_sequences", None)
+        given.pop("cache", None)
+        if given:
+            options = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ValueError(f"{model} is an engine, built already, so {options} cannot be changed; leave them out, or build it again")
+        return camshaft.load(model, max_sequences=limit)
+    engine: Engine = camshaft.compile(model, progress=progress, **given)
+    return engine
+
+
+def resolve_model(model: str) -> str:
+    """The directory or hub id of a MODEL argument: "demo" is the bundled model."""
+    if model != "demo":
+        return model
+    from ..models import demo
+
+    return str(demo.path())
+
+
+def engine_facts(engine: Engine) -> dict[str, Any]:
+    """What a document says of an engine."""
+    from dataclasses import asdict
+
+    facts = engine.manifest.model
+    return {
+        "name": facts.name,
+        "architecture": facts.architecture,
+        "num_parameters": facts.num_parameters,
+        **asdict(engine.config),
+        "weights_bytes": engine.weights_bytes,
+        "num_segments": len(engine.plan.segments),
+        "report": list(engine.manifest.report),
+    }

@@ -1,0 +1,182 @@
+"""`camshaft inspect`: what is in an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .build import segment_table, timings_text
+from .common import JsonOption, Output, format_bytes, output, pass_table, table
+
+if TYPE_CHECKING:
+    from ..export.manifest import Manifest
+    from ..export.segment import Plan, Segment
+
+EXAMPLES = "Example: [bold]camshaft inspect demo.engine --passes[/]"
+
+
+def inspect(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Directory that `camshaft build` wrote.", show_default=False)],
+    graph: Annotated[str | None, typer.Option("--graph", metavar="SEGMENT", help="Print the graph of a segment (its id, or the beginning of it).", show_default=False)] = None,
+    passes: Annotated[bool, typer.Option("--passes", help="Only the passes that ran.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Only the weights: name, file.")] = False,
+    files: Annotated[bool, typer.Option("--files", help="Only the files: size, sha256.")] = False,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Show what is in an engine: model, limits, passes, segments, KV cache, sizes. Reads no weights and runs nothing."""
+    with output(as_json) as to:
+        manifest, plan = read_engine(engine)
+        if graph is not None:
+            segment = _find_segment(plan, graph)
+            to.document = {"segment": segment.id, "nodes": segment.nodes}
+            to.print(segment_text(segment))
+        elif passes:
+            to.document = {"passes": [dataclasses.asdict(record) for record in manifest.passes]}
+            to.console.print(pass_table(manifest.passes))
+        elif weights:
+            rows = _weights(engine, manifest)
+            to.document = {"weights": rows}
+            cells = [[r["name"], r["dtype"], "x".join(map(str, r["shape"])), format_bytes(r["bytes"]), r["file"]] for r in rows]
+            to.console.print(table("Weights", ["weight", "dtype", "shape", "size", "file"], cells, left=(0, 1, 4)))
+        elif files:
+            to.document = {"files": manifest.files}
+            cells = [[name, format_bytes(facts["bytes"]), facts["sha256"][:16]] for name, facts in manifest.files.items()]
+            to.console.print(table("Files", ["file", "size", "sha256"], cells, left=(0, 2)))
+        else:
+            to.document = _document(manifest, plan)
+            _summary(to, engine, manifest, plan)
+
+
+def read_engine(path: Path) -> tuple[Manifest, Plan]:
+    """Manifest and plan of an engine directory. Raises ValueError if it is none."""
+    from ..export.artifact import is_artifact
+    from ..export.manifest import Manifest
+    from ..export.segment import Plan
+
+    if not is_artifact(path):
+        raise ValueError(f"{path} is not an engine (no manifest.json and plan.json); make one with `camshaft build MODEL -o {path}`")
+    manifest = Manifest.from_json((path / "manifest.json").read_text(), path / "manifest.json")
+    try:
+        return manifest, Plan.from_json(json.loads((path / "plan.json").read_text()))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}/plan.json is damaged ({type(error).__name__}: {error}); build or copy the engine again") from error
+
+
+def _find_segment(plan: Plan, prefix: str) -> Segment:
+    found = [segment for key, segment in plan.segments.items() if key.startswith(prefix)]
+    if len(found) != 1:
+        problem = "no segment begins" if not found else f"{len(found)} segments begin"
+        raise ValueError(f"{problem} with {prefix!r}; this engine has: {', '.join(plan.segments)}")
+    return found[0]
+
+
+def segment_text(segment: Segment) -> str:
+    """A segment's graph as text, one node a line."""
+    lines = []
+    for node in segment.nodes:
+        if node["op"] == "placeholder":
+            sizes = ", ".join(map(str, node["shape"]))
+            kind = "activation" if node["name"].startswith("x") else "weight"
+            lines.append(f"{node['name']} = {kind} {node['dtype']}[{sizes}]")
+        elif node["op"] == "output":
+            lines.append(f"return {_value(node['args'][0])}")
+        else:
+            arguments = [_value(arg) for arg in node["args"]]
+            arguments += [f"{key}={_value(value)}" for key, value in (node.get("kwargs") or {}).items()]
+            lines.append(f"{node['name']} = {node['target']}({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict) and len(value) == 1:
+        return str(next(iter(value.values())))
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    return str(value)
+
+
+def _weights(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    from ..models.checkpoint import read_header
+
+    headers: dict[str, Any] = {file: read_header(path / file) for file in set(manifest.weights.values())}
+    rows = []
+    for name, file in manifest.weights.items():
+        shape, dtype = headers[file][name]
+        size = dtype.itemsize
+        for extent in shape:
+            size *= extent
+        rows.append({"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "bytes": size, "file": file})
+    return rows
+
+
+def _groups(manifest: Manifest) -> list[dict[str, int]]:
+    cache = manifest.cache
+    return [
+        {"window": window, "num_layers": len(cache.layers_of(group)), "bytes_per_block": cache.bytes_per_block(group)}
+        for group, window in enumerate(cache.windows)
+    ]
+
+
+def _document(manifest: Manifest, plan: Plan) -> dict[str, Any]:
+    from ..export.segment import SegmentStep
+
+    uses = Counter(step.segment for step in plan.steps if isinstance(step, SegmentStep))
+    segments = [
+        {
+            "id": key,
+            "runs": uses[key],
+            "eager": segment.eager,
+            "engine": manifest.engines.get(key),
+            "num_weights": segment.num_weights,
+            "operators": dict(Counter(segment.operators).most_common()),
+        }
+        for key, segment in plan.segments.items()
+    ]
+    return {
+        "format_version": manifest.format_version,
+        "camshaft_version": manifest.camshaft_version,
+        "versions": manifest.versions,
+        "hardware": manifest.hardware,
+        "build": dataclasses.asdict(manifest.build),
+        "model": dataclasses.asdict(manifest.model),
+        "passes": [dataclasses.asdict(record) for record in manifest.passes],
+        "segments": segments,
+        "num_steps": len(plan.steps),
+        "cache": {"block_size": manifest.cache.block_size, "groups": _groups(manifest)},
+        "report": list(manifest.report),
+        "timings": manifest.timings,
+        "files": manifest.files,
+    }
+
+
+def _summary(to: Output, path: Path, manifest: Manifest, plan: Plan) -> None:
+    model, build = manifest.model, manifest.build
+    total = sum(facts["bytes"] for facts in manifest.files.values())
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    lines = [
+        ["model", f"{model.name} ({model.architecture}), {model.num_parameters / 1e6:.1f} M parameters, vocabulary {model.vocab_size:,}"],
+        ["target", f"{build.target} on {build.device}, {build.dtype}"],
+        ["limits", f"{build.max_seq_len:,} tokens a sequence, {build.max_batch_tokens:,} tokens and {build.max_sequences} sequences a step"],
+        ["size", f"{format_bytes(total)} in {len(manifest.files)} files"],
+        ["built by", f"camshaft {manifest.camshaft_version}, {versions}"],
+        ["built on", ", ".join(f"{name} {value}" for name, value in manifest.hardware.items())],
+        ["time", timings_text(manifest.timings)],
+    ]  # fmt: skip
+    to.console.print(table(str(path), ["", ""], lines, left=(0, 1)))
+    to.console.print(pass_table(manifest.passes))
+    sizes = {name.removeprefix("engines/"): facts["bytes"] for name, facts in manifest.files.items()}
+    to.console.print(segment_table(plan, manifest.engines, sizes, operators=False))
+    rows = []
+    for group in _groups(manifest):
+        window = f"{group['window']} tokens" if group["window"] else "full"
+        per_token = group["bytes_per_block"] / manifest.cache.block_size
+        rows.append([window, group["num_layers"], format_bytes(group["bytes_per_block"]), format_bytes(per_token)])
+    title = f"KV cache: blocks of {manifest.cache.block_size} tokens"
+    to.console.print(table(title, ["attention", "layers", "a block", "a token"], rows))
+    for line in manifest.report:
+        to.print(f"note: {line}")
