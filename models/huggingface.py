@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..graph.capture import capture
+from ..graph.capture import CaptureError, capture
 from ..graph.program import Program
 from ..graph.weights import Weight
 from . import attention
@@ -222,11 +222,26 @@ def make_fake(module: nn.Module) -> FakeTensorMode:
     return mode
 
 
+def _refuse_recurrent(name: str, model: Any) -> None:
+    """Raises CaptureError for a model that keeps a state beside keys and values, naming the module that does."""
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    foreign = sorted({kind for kind in layer_types if any(word in kind for word in ("linear", "recurrent", "mamba", "conv"))})
+    if not getattr(model, "_is_stateful", False) and not foreign:
+        return
+    mixers = [type(m).__name__ for m in model.modules() if any(isinstance(child, nn.Conv1d) for child in m.children())]
+    what = mixers[0] if mixers else f"layers of type {foreign}" if foreign else type(model).__name__
+    raise CaptureError(
+        f"{name} cannot be served: {what} keeps a recurrent or convolution state beside keys and values, for which there is "
+        "no cache yet; models of attention layers only can be taken"
+    )
+
+
 def trace_decoder(source: ModelSource) -> Program:
     """Traces a decoder: inputs token_ids and positions [1, T] int64, output logits [1, T, vocabulary]. Raises CaptureError."""
     import inspect
 
     model: Any = source.model
+    _refuse_recurrent(source.name, model)
     weights = dict(source.weights)
     for key, buffer in list(model.named_buffers(remove_duplicate=False)):
         if key not in model.state_dict() and buffer.device.type != "meta":  # computed, not stored: a constant

@@ -16,7 +16,7 @@ def test_two_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
     )
     rng = random.Random(0)
     heads = [[rng.randrange(3, 128) for _ in range(12)] for _ in range(6)]
-    cache_bytes = sum(group.bytes_per_block for group in engine.cache_groups) * 260
+    cache_bytes = sum(group.bytes_per_block for group in engine.cache_groups) * 110
     with camshaft.LLM(engine, kv_cache_bytes=cache_bytes, policy="max_utilization") as llm:
         handles = []
         for _ in range(2000):

@@ -126,10 +126,10 @@ def test_models_that_cannot_be_taken_name_what_stands_in_the_way() -> None:
         vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
         head_dim=16, num_local_experts=4, max_position_embeddings=256,
     )
-    with pytest.raises(CaptureError, match="chunked_overlay.*supported: causal, sliding window"):
+    with pytest.raises(CaptureError, match="chunked_attention|chunked_overlay"):
         camshaft.compile(random_model(chunked), **LIMITS)
     recurrent = transformers.MambaConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2)
-    with pytest.raises((CaptureError, ValueError), match="mamba|Mamba"):
+    with pytest.raises(CaptureError, match="MambaMixer keeps a recurrent"):
         camshaft.compile(random_model(recurrent), **LIMITS)
 
 
