@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..graph.program import Program
@@ -79,7 +80,7 @@ def infer(node: fx.Node) -> Any:
     mode = fake_mode((args, kwargs))
     if mode is None:
         return node.target(*args, **kwargs)
-    with mode:
+    with mode, enable_python_dispatcher():  # decompositions that know varying sizes, which torch 2.11's C++ ones do not
         return node.target(*args, **kwargs)
 
 
