@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import compile, load
+    from .api import compile, load, trace
     from .export.engine import Engine
     from .runtime import LLM, RequestOutput, SamplingParams
 
 _HOME = {
     "compile": ".api",
     "load": ".api",
+    "trace": ".api",
     "Engine": ".export.engine",
     "LLM": ".runtime",
     "SamplingParams": ".runtime",
     "RequestOutput": ".runtime",
 }
 
-__all__ = ["LLM", "Engine", "RequestOutput", "SamplingParams", "__version__", "compile", "load"]
+__all__ = ["LLM", "Engine", "RequestOutput", "SamplingParams", "__version__", "compile", "load", "trace"]
 
 
 def __getattr__(name: str) -> Any:

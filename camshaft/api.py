@@ -1,4 +1,4 @@
-"""`camshaft.compile` and `camshaft.load`."""
+"""`camshaft.compile`, `camshaft.load` and `camshaft.trace`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from .export.build import Progress
     from .export.engine import Engine
+    from .graph.program import Program
 
 
 def compile(
@@ -84,6 +85,27 @@ def compile(
     )
     with progress_bar(progress) as report:
         return build_engine(model, request, report)
+
+
+def trace(model: Any, *, dtype: str | torch.dtype | None = None) -> Program:
+    """Traces a decoder into a Program, as it is before the first pass; nothing is lowered and no weight is read.
+
+    Args:
+        model: as in `compile`: a Hugging Face directory or hub id, "demo", or a Transformers causal LM in memory.
+        dtype: of weights and computation: "float32", "bfloat16", "float16"; None: float32.
+
+    Raises:
+        ValueError: a model or checkpoint that does not fit.
+        camshaft.graph.capture.CaptureError: a model that cannot be traced.
+    """
+    import torch
+
+    from .export.build import resolve_dtype
+    from .models import demo
+    from .models.huggingface import open_model, trace_decoder
+
+    source = open_model(demo.path() if model == "demo" else model, resolve_dtype(dtype, torch.device("cpu")))
+    return trace_decoder(source)
 
 
 def load(path: str | Path, *, max_sequences: int | None = None, verify: bool = True, rebuild: bool = False) -> Engine:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from .executor import Executor, StepContext
 from .manifest import BuildConfig, Manifest
 from .segment import Plan
 from .targets.base import get_target
+
+if TYPE_CHECKING:
+    from ..graph.display import PassTable
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,13 @@ class Engine:
             )
             for group, window in enumerate(cache.windows)
         )
+
+    @property
+    def passes(self) -> PassTable:
+        """What each pass of the build did; it prints as a table."""
+        from ..graph.display import PassTable
+
+        return PassTable(self.manifest.passes)
 
     # -------------------------------------------------------------------------------------------------------------- run
     def prepare(self) -> Executor:
