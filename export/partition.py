@@ -54,7 +54,9 @@ def partition(program: Program, supports: Callable[[fx.Node], bool]) -> Plan:
         segments.setdefault(segment.id, segment)
         steps.append(step)
         if piece.kind == "eager":
-            names = sorted({target_text(n) for n in piece.nodes if not supports(n)})
+            names = sorted(
+                {target_text(n) for n in piece.nodes if n.target is not operator.getitem and not supports(n)}
+            )
             report.append(f"{', '.join(names)} runs in PyTorch (no lowering)")
     inputs = [
         node.name

@@ -26,7 +26,22 @@ from .resolve_masks import ATTENTION
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default)
-_PROBE_TOKENS = 24
+_BOUNDS = (
+    aten.lt.Scalar,
+    aten.le.Scalar,
+    aten.gt.Scalar,
+    aten.ge.Scalar,
+    aten.sub.Tensor,
+    aten.add.Tensor,
+    aten.sub.Scalar,
+    aten.add.Scalar,
+    aten.tril.default,
+    aten.triu.default,
+)
+_PROBE_TOKENS = 64
+_SHORTEST = 4
+_MOST_TOKENS = 4096
+_MOST_ELEMENTS = 1 << 24
 _HIDDEN = -1e4
 
 
@@ -59,12 +74,16 @@ class MatchAttention(GraphPass):
 def _match_sdpa(program: Program, node: fx.Node) -> int:
     args = [*node.args, *[None] * (6 - len(node.args))]
     q, k, v, mask = args[:4]
+    dropout = args[4] if args[4] is not None else node.kwargs.get("dropout_p", 0.0)
+    mask = mask if mask is not None else node.kwargs.get("attn_mask")
     is_causal = args[5] if args[5] is not None else node.kwargs.get("is_causal", False)
-    scale = node.kwargs.get("scale") or value(q).shape[-1] ** -0.5
+    if dropout or not _square(q, k, v):
+        return 0
+    scale = float(node.kwargs.get("scale") or value(q).shape[-1] ** -0.5)
     if mask is None:
-        form = _Form(float(scale), 0, None) if is_causal else None
+        form = _Form(scale, 0, None) if is_causal else None
     else:
-        form = _read_bias(_bias(program, mask, int(value(q).shape[1])), float(scale))
+        form = _probe_mask(program, mask, value(q).shape[2], int(value(q).shape[1]), scale)
     if form is None:
         return 0
     with program.graph.inserting_before(node):
@@ -75,15 +94,15 @@ def _match_sdpa(program: Program, node: fx.Node) -> int:
     return 1
 
 
-def _bias(program: Program, mask: Any, num_heads: int) -> Tensor | None:
-    """The additive bias [H, T, T] that a mask stands for, on probe tokens."""
-    tokens = _PROBE_TOKENS
-    out = _Evaluator(program, mask, 0.0, num_heads, tokens, has_product=False).evaluate(mask)
-    if out is None or out.dim() != 4:
-        return None
-    if out.dtype == torch.bool:
-        out = torch.where(out, 0.0, float("-inf"))
-    return out.double().expand(1, num_heads, tokens, tokens)[0]
+def _square(q: Any, k: Any, v: Any) -> bool:
+    """Whether q [B, H, T, D], k [B, G, T, D], v [B, G, T, V] are attention of a row over itself, H a multiple of G."""
+    if not all(isinstance(x, fx.Node) and value(x).dim() == 4 for x in (q, k, v)):
+        return False
+    shapes = [value(x).shape for x in (q, k, v)]
+    if len({str(shape[0]) for shape in shapes}) > 1 or len({str(shape[2]) for shape in shapes}) > 1:
+        return False
+    heads = [static(shape[1]) for shape in shapes]
+    return None not in heads and heads[1] == heads[2] and heads[0] % heads[1] == 0  # type: ignore[operator]
 
 
 def _match(program: Program, softmax: fx.Node) -> int:
@@ -95,6 +114,8 @@ def _match(program: Program, softmax: fx.Node) -> int:
     v = consumer.args[1]
     num_heads = value(product).shape[-3]
     if not isinstance(v, fx.Node) or static(num_heads) is None or value(product).dim() not in (3, 4):
+        return 0
+    if softmax.args[1] not in (-1, value(softmax).dim() - 1) or not _fits(product, q, k_transposed, v):
         return 0
     form = _probe(program, softmax.args[0], product, int(num_heads))
     if form is None:
@@ -115,6 +136,15 @@ def _match(program: Program, softmax: fx.Node) -> int:
     return 1
 
 
+def _fits(product: fx.Node, q: fx.Node, k_transposed: fx.Node, v: fx.Node) -> bool:
+    """Whether the operands have the product's batch and heads: broadcast ones, and other keys than queries, do not match."""
+    lead = [str(size) for size in value(product).shape[:-2]]
+    same = all([str(size) for size in value(x).shape[:-2]] == lead for x in (q, k_transposed))
+    rows = [[1, *value(x).shape[:-2]][-2:] for x in (q, v)]
+    sizes = value(product).shape
+    return same and str(rows[0]) == str(rows[1]) and str(sizes[-1]) == str(sizes[-2])
+
+
 def _add_slopes(program: Program, slopes: Tensor) -> fx.Node:
     key = program.weights.add("alibi_slopes", Weight.from_tensor(slopes))
     return program.add_input("alibi_slopes", kind="weight", key=key, example=slopes)
@@ -130,6 +160,8 @@ def _consumer(softmax: fx.Node) -> fx.Node | None:
         if is_call(user, aten.matmul.default, aten.bmm.default):
             return user if user.args[0] is node else None
         if not is_call(user, *CASTS, *COPIES, *VIEWS, aten.dropout.default):
+            return None
+        if is_call(user, aten.dropout.default) and user.args[2]:
             return None
         node = user
 
@@ -159,17 +191,67 @@ def _product_below(scores: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     return (product, q, k) if isinstance(q, fx.Node) and isinstance(k, fx.Node) else None
 
 
+def _lengths(program: Program, scores: Any, size: Any) -> list[int]:
+    """Row lengths to probe: the fixed one; else a short one, and one beyond any window that the graph or a table hints at."""
+    if isinstance(size, int):
+        return [size] if size >= _SHORTEST else []
+    if not size.node.expr.is_Symbol:
+        return []
+    hints: list[int] = []
+    seen: set[fx.Node] = set()
+    stack = [scores]
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, fx.Node) or node in seen or is_call(node, *_PRODUCTS[:2]):
+            continue
+        seen.add(node)
+        stack.extend(node.all_input_nodes)
+        example = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(example, Tensor) and example.dtype in (torch.bool, torch.uint8):
+            hints += [int(example.shape[-1])] if example.dim() > 1 else []
+        elif is_call(node, *_BOUNDS):
+            hints += [abs(arg) + 2 for arg in node.args if isinstance(arg, int)]
+    longest = max(hints, default=0)
+    if longest <= _PROBE_TOKENS:
+        return [_PROBE_TOKENS]
+    return [_PROBE_TOKENS, longest] if longest <= _MOST_TOKENS else []
+
+
+def _evaluate(
+    program: Program, scores: Any, product: fx.Node | None, size: Any, constant: float, heads: int, tokens: int
+) -> Tensor | None:
+    """The scores [heads, T, T] in float64 at one length, or None where they depend on inputs or on the row of a batch."""
+    try:
+        out = _Evaluator(program, product, constant, heads, tokens, size).evaluate(scores)
+        if out is None or out.dim() not in (2, 3, 4):
+            return None
+        if out.dtype == torch.bool:
+            out = torch.where(out, 0.0, float("-inf"))
+        out = out.double()
+        if out.dim() == 4 and product is not None and value(product).dim() == 3:
+            out = out.reshape(-1, *out.shape[2:])
+        if out.dim() == 4:
+            if not bool((out == out[:1]).all()):
+                return None
+            out = out[0]
+        return out.expand(heads, tokens, tokens)
+    except (RuntimeError, IndexError, ValueError, TypeError):  # shapes that do not fit at this length, or with one head
+        return None
+
+
 def _probe(program: Program, scores: Any, product: fx.Node, num_heads: int) -> _Form | None:
-    tokens = _PROBE_TOKENS
+    size = value(product).shape[-1]
+    lengths = _lengths(program, scores, size)
+    if not lengths:
+        return None
+    tokens = lengths[0]
     results = []
     for constant in (0.0, 1.0, 2.0):
-        out = _Evaluator(program, product, constant, num_heads, tokens).evaluate(scores)
+        out = _heads_at(program, scores, product, size, constant, num_heads, tokens)
         if out is None:
             return None
-        results.append(out.double().expand(1, num_heads, tokens, tokens)[0] if out.dim() == 4 else out.double())
+        results.append(out)
     bias, one, two = results
-    if bias.shape != (num_heads, tokens, tokens):
-        return None
     visible = bias[0] > _HIDDEN
     gain = (one - bias)[:, visible]
     scale = float(gain.mean())
@@ -177,7 +259,43 @@ def _probe(program: Program, scores: Any, product: fx.Node, num_heads: int) -> _
         return None
     if not torch.allclose((two - bias)[:, visible], 2 * gain, rtol=1e-4, atol=1e-5):
         return None
-    return _read_bias(bias, _rounded(scale))
+    return _confirm(program, scores, product, size, num_heads, lengths, _read_bias(bias, _rounded(scale)))
+
+
+def _probe_mask(program: Program, mask: Any, size: Any, num_heads: int, scale: float) -> _Form | None:
+    lengths = _lengths(program, mask, size)
+    bias = _heads_at(program, mask, None, size, 0.0, num_heads, lengths[0]) if lengths else None
+    return _confirm(program, mask, None, size, num_heads, lengths, _read_bias(bias, scale))
+
+
+def _heads_at(
+    program: Program, scores: Any, product: fx.Node | None, size: Any, constant: float, num_heads: int, tokens: int
+) -> Tensor | None:
+    """The scores at a length; where all heads would take much memory, those of one head if the graph lets them."""
+    if num_heads * tokens * tokens > _MOST_ELEMENTS:
+        return _evaluate(program, scores, product, size, constant, 1, tokens)
+    return _evaluate(program, scores, product, size, constant, num_heads, tokens)
+
+
+def _confirm(
+    program: Program,
+    scores: Any,
+    product: fx.Node | None,
+    size: Any,
+    num_heads: int,
+    lengths: list[int],
+    form: _Form | None,
+) -> _Form | None:
+    """The form at the longest length: a window longer than the short probe shows only there."""
+    if form is None or len(lengths) == 1:
+        return form
+    bias = _evaluate(program, scores, product, size, 0.0, 1, lengths[1])
+    if bias is None:
+        bias = _heads_at(program, scores, product, size, 0.0, num_heads, lengths[1])
+    longer = _read_bias(bias, form.scale)
+    if longer is None or form.window not in (0, longer.window):
+        return None
+    return _Form(form.scale, longer.window, form.slopes)
 
 
 def _read_bias(bias: Tensor | None, scale: float) -> _Form | None:
@@ -211,19 +329,20 @@ class _Evaluator:
     """Runs the part of a graph below `scores` on real numbers, with the product replaced by a constant."""
 
     def __init__(
-        self,
-        program: Program,
-        product: fx.Node,
-        constant: float,
-        num_heads: int,
-        tokens: int,
-        *,
-        has_product: bool = True,
+        self, program: Program, product: fx.Node | None, constant: float, num_heads: int, tokens: int, size: Any
     ) -> None:
-        self.program, self.product, self.tokens = program, product if has_product else None, tokens
+        self.program, self.product, self.tokens = program, product, tokens
         self.num_heads = num_heads
         self.constant = constant
+        self.symbol = None if isinstance(size, int) else size.node.expr
         self.values: dict[fx.Node, Any] = {}
+
+    def _size(self, size: Any) -> int:
+        """A size at the probed length; other sizes that vary, such as the batch, are 2."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        return int(expression.xreplace({s: self.tokens if s == self.symbol else 2 for s in expression.free_symbols}))
 
     def evaluate(self, node: Any) -> Tensor | None:
         out = self._value(node)
@@ -240,8 +359,7 @@ class _Evaluator:
         if node is self.product:
             return self._product()
         if is_call(node, aten.sym_size.int):
-            size = static(value(node.args[0]).shape[node.args[1]])
-            return self.tokens if size is None else size
+            return self._size(value(node.args[0]).shape[node.args[1]])
         spec = self.program.input_of(node)
         if spec is not None:
             return self.program.weights[spec.key].load().cpu() if spec.kind == "weight" else None
@@ -254,7 +372,8 @@ class _Evaluator:
 
     def _product(self) -> Tensor | None:
         assert self.product is not None
-        shape = [self.tokens if static(size) is None else int(size) for size in value(self.product).shape]
+        shape = [self._size(size) for size in value(self.product).shape]
+        shape[-3] = self.num_heads
         ones = torch.full(shape, self.constant, dtype=torch.float32)
         if self.product.target is not aten.baddbmm.default:
             return ones

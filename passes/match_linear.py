@@ -4,6 +4,10 @@
     y = matmul(x, permute(weight, [1, 0]))          y = linear(x, weight)
     y = addmm(bias, x, weight)    (GPT-2's Conv1D)  y = linear(x, weight.T, bias)     weight transposed in the WeightMap
 
+    before (linear as AOTAutograd writes it)        after
+    f = view(x, [B T, C])                           y = linear(x, weight, bias)
+    y = view(addmm(bias, f, t(weight)), [B, T, O])
+
 A matrix that has other users keeps its form. Numerics: reordered.
 """
 
@@ -15,7 +19,7 @@ from torch import fx
 
 from ..graph.program import Program
 from .base import GraphPass, Stage
-from .match import ADDS, aten, call, is_call, other_operand, value
+from .match import ADDS, VIEWS, aten, call, is_call, other_operand, value
 
 
 class MatchLinear(GraphPass):
@@ -32,6 +36,9 @@ class MatchLinear(GraphPass):
                 matches += _matmul(program, node)
             elif is_call(node, aten.addmm.default):
                 matches += _addmm(program, node)
+        for node in list(program.graph.nodes):
+            if is_call(node, aten.linear.default):
+                _keep_rows(program, node)
         return matches
 
 
@@ -66,6 +73,12 @@ def _addmm(program: Program, node: fx.Node) -> int:
     bias, x, weight = node.args[:3]
     if node.kwargs or not isinstance(weight, fx.Node) or not isinstance(bias, fx.Node):
         return 0
+    straight = _untransposed(weight)
+    if straight is not None and program.input_of(straight) is not None and value(bias).dim() == 1:
+        with program.graph.inserting_before(node):
+            new = call(program, aten.linear.default, x, straight, bias)
+        node.replace_all_uses_with(new)
+        return 1
     spec = program.input_of(weight)
     if spec is None or spec.kind != "weight" or len(weight.users) != 1 or value(bias).dim() != 1:
         return 0
@@ -78,3 +91,20 @@ def _addmm(program: Program, node: fx.Node) -> int:
         new = call(program, aten.linear.default, x, turned, bias)
     node.replace_all_uses_with(new)
     return 1
+
+
+def _keep_rows(program: Program, node: fx.Node) -> None:
+    """linear on flattened rows whose result is given the rows back becomes linear on the rows as they were."""
+    flat = node.args[0]
+    if not is_call(flat, *VIEWS) or value(node).dim() != 2:
+        return
+    rows = flat.args[0]  # type: ignore[union-attr]
+    before = value(rows).shape  # type: ignore[arg-type]
+    wanted = [str(size) for size in (*before[:-1], value(node).shape[-1])]
+    ends = [user for user in node.users if is_call(user, *VIEWS) and [str(s) for s in value(user).shape] == wanted]
+    if not ends or before[-1] != value(flat).shape[-1]:  # type: ignore[arg-type]
+        return
+    with program.graph.inserting_before(node):
+        new = call(program, aten.linear.default, rows, *node.args[1:])
+    for end in ends:
+        end.replace_all_uses_with(new)
