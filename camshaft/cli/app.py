@@ -59,7 +59,7 @@ def options(
 def run(argv: Sequence[str]) -> int:
     """Runs a command line and returns its exit code: 0 well, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted."""
     arguments, debug = _take_debug(argv)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for noisy in ("torch", "transformers", "urllib3", "filelock", "matplotlib", "asyncio", "onnxscript", "onnx_ir"):
         logging.getLogger(noisy).setLevel(logging.INFO if debug else logging.ERROR)
     try:

@@ -61,19 +61,70 @@ _LOAD = "Requests"
 @app.command(epilog=_EPILOG)
 def run(
     model: EngineOrModelArgument,
-    num_requests: Annotated[int | None, typer.Option("--num-requests", help="Requests, all arriving at once; default: 64, with --latency 4.", rich_help_panel=_LOAD, show_default=False)] = None,
-    input_len: Annotated[str, typer.Option("--input-len", metavar="A[:B]", help="Tokens of a prompt: a number, or a range to draw from.", rich_help_panel=_LOAD)] = "32:256",
-    output_len: Annotated[str, typer.Option("--output-len", metavar="A[:B]", help="Tokens to generate for each.", rich_help_panel=_LOAD)] = "32:128",
-    shared_prefix: Annotated[int, typer.Option("--shared-prefix", help="Tokens at the beginning that all prompts share.", rich_help_panel=_LOAD)] = 0,
-    text: Annotated[Path | None, typer.Option("--text", metavar="FILE", help="Take prompts from this text instead of random tokens.", rich_help_panel=_LOAD, show_default=False)] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos/--stop-at-eos", help="Go on past the end of the text, so that every request has its full length.", rich_help_panel=_LOAD)] = True,
+    num_requests: Annotated[
+        int | None,
+        typer.Option(
+            "--num-requests",
+            help="Requests, all arriving at once; default: 64, with --latency 4.",
+            rich_help_panel=_LOAD,
+            show_default=False,
+        ),
+    ] = None,
+    input_len: Annotated[
+        str,
+        typer.Option(
+            "--input-len",
+            metavar="A[:B]",
+            help="Tokens of a prompt: a number, or a range to draw from.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = "32:256",
+    output_len: Annotated[
+        str, typer.Option("--output-len", metavar="A[:B]", help="Tokens to generate for each.", rich_help_panel=_LOAD)
+    ] = "32:128",
+    shared_prefix: Annotated[
+        int,
+        typer.Option("--shared-prefix", help="Tokens at the beginning that all prompts share.", rich_help_panel=_LOAD),
+    ] = 0,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Take prompts from this text instead of random tokens.",
+            rich_help_panel=_LOAD,
+            show_default=False,
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos/--stop-at-eos",
+            help="Go on past the end of the text, so that every request has its full length.",
+            rich_help_panel=_LOAD,
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of lengths and tokens.", rich_help_panel=_LOAD)] = 0,
-    latency: Annotated[bool, typer.Option("--latency", help="One request at a time: milliseconds per token at batch size 1.")] = False,
-    policy: Annotated[str, typer.Option("--policy", help="When requests start: guaranteed_no_evict, max_utilization or static_batch.")] = "guaranteed_no_evict",
+    latency: Annotated[
+        bool, typer.Option("--latency", help="One request at a time: milliseconds per token at batch size 1.")
+    ] = False,
+    policy: Annotated[
+        str, typer.Option("--policy", help="When requests start: guaranteed_no_evict, max_utilization or static_batch.")
+    ] = "guaranteed_no_evict",
     repeat: Annotated[int, typer.Option("--repeat", help="Timed runs; median and spread are printed.")] = 3,
     warmup: Annotated[int, typer.Option("--warmup", help="Runs before them that do not count.")] = 1,
-    baseline: Annotated[str | None, typer.Option("--baseline", metavar="transformers", help="Also measure Transformers' generate on the same requests (needs a model, not an engine).", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write the JSON document there.", show_default=False)] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            metavar="transformers",
+            help="Also measure Transformers' generate on the same requests (needs a model, not an engine).",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write the JSON document there.", show_default=False)
+    ] = None,
     kv_cache_bytes: KvBytesOption = None,
     target: TargetOption = None,
     device: DeviceOption = None,
@@ -83,7 +134,7 @@ def run(
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Measure throughput with many requests at once, or (--latency) the time of single ones.
 
     Prints output and total tokens per second, time to first token (TTFT), time per output token (TPOT) and between tokens
@@ -94,15 +145,26 @@ def run(
     if baseline not in (None, "transformers"):
         raise ValueError(f"--baseline is {baseline!r}; allowed: transformers")
     if baseline and (Path(model) / "manifest.json").is_file():
-        raise ValueError(f"{model} is an engine, and Transformers needs the model: give its Hugging Face directory (or demo)")
+        raise ValueError(
+            f"{model} is an engine, and Transformers needs the model: give its Hugging Face directory (or demo)"
+        )
     workload = Workload(
-        num_requests=num_requests or (4 if latency else 64), input_len=parse_range(input_len, "--input-len"),
-        output_len=parse_range(output_len, "--output-len"), shared_prefix=shared_prefix, ignore_eos=ignore_eos, seed=seed,
-    )  # fmt: skip
+        num_requests=num_requests or (4 if latency else 64),
+        input_len=parse_range(input_len, "--input-len"),
+        output_len=parse_range(output_len, "--output-len"),
+        shared_prefix=shared_prefix,
+        ignore_eos=ignore_eos,
+        seed=seed,
+    )
     build = {
-        "target": target, "device": device, "dtype": dtype, "max_seq_len": max_seq_len, "max_batch_tokens": max_batch_tokens,
-        "max_sequences": max_sequences, "block_size": block_size,
-    }  # fmt: skip
+        "target": target,
+        "device": device,
+        "dtype": dtype,
+        "max_seq_len": max_seq_len,
+        "max_batch_tokens": max_batch_tokens,
+        "max_sequences": max_sequences,
+        "block_size": block_size,
+    }
     with output(as_json) as to:
         engine = open_engine(model, build)
         bench = _Bench(engine, workload, repeat, warmup, latency, text)
@@ -140,8 +202,10 @@ class _Bench:
         with LLM(recording, policy=policy, kv_cache_bytes=kv_cache_bytes) as llm:  # type: ignore[arg-type]
             runs = repeat_runs(
                 lambda index: measure(llm, recording, self.requests(index), ignore_eos=self.workload.ignore_eos),
-                repeats=self.repeats, warmup=self.warmup, on_run=lambda index, metrics: _tell("camshaft", index, metrics),
-            )  # fmt: skip
+                repeats=self.repeats,
+                warmup=self.warmup,
+                on_run=lambda index, metrics: _tell("camshaft", index, metrics),
+            )
             memory = dict(llm.memory.rows())
         return result_entry("camshaft", self._mode, runs, policy=policy, memory_bytes=memory)
 
@@ -179,18 +243,33 @@ def _text_tokens(engine: Engine, text: Path | None) -> list[int] | None:
 
 
 def _tell(system: str, index: int, metrics: Repeat) -> None:
-    err().print(f"{system}, run {index + 1}: {metrics['output_tok_s']:.1f} output tokens/s", style="dim", highlight=False)
+    err().print(
+        f"{system}, run {index + 1}: {metrics['output_tok_s']:.1f} output tokens/s", style="dim", highlight=False
+    )
 
 
 _SHOWN = {
-    "output_tok_s": "output tokens/s", "total_tok_s": "total tokens/s", "decode_ms_p50": "decode, ms per token",
-    "ttft_ms_p50": "TTFT p50, ms", "ttft_ms_p99": "TTFT p99, ms", "tpot_ms_p50": "TPOT p50, ms", "tpot_ms_p99": "TPOT p99, ms",
-    "itl_ms_p50": "ITL p50, ms", "itl_ms_p99": "ITL p99, ms", "request_s": "request, s", "duration_s": "duration, s", "steps": "steps",
-    "mean_batch_size": "sequences per step", "prefix_hit_tokens": "prefix-cache hits, tokens", "preemptions": "preemptions",
-}  # fmt: skip
+    "output_tok_s": "output tokens/s",
+    "total_tok_s": "total tokens/s",
+    "decode_ms_p50": "decode, ms per token",
+    "ttft_ms_p50": "TTFT p50, ms",
+    "ttft_ms_p99": "TTFT p99, ms",
+    "tpot_ms_p50": "TPOT p50, ms",
+    "tpot_ms_p99": "TPOT p99, ms",
+    "itl_ms_p50": "ITL p50, ms",
+    "itl_ms_p99": "ITL p99, ms",
+    "request_s": "request, s",
+    "duration_s": "duration, s",
+    "steps": "steps",
+    "mean_batch_size": "sequences per step",
+    "prefix_hit_tokens": "prefix-cache hits, tokens",
+    "preemptions": "preemptions",
+}
 
 
-def _finish(to: Output, engine: Engine, workload: Workload, results: Sequence[dict[str, Any]], out: Path | None) -> None:
+def _finish(
+    to: Output, engine: Engine, workload: Workload, results: Sequence[dict[str, Any]], out: Path | None
+) -> None:
     from ..runtime.bench.document import make_document
 
     to.document = make_document(model=engine_facts(engine), workload=workload, results=results)
@@ -200,8 +279,8 @@ def _finish(to: Output, engine: Engine, workload: Workload, results: Sequence[di
             rows.append([label, *(_cell(result["summary"].get(metric)) for result in results)])
     facts, config = engine.manifest.model, engine.config
     title = (
-        f"{facts.name}, {config.target} on {config.device}, {config.dtype}: {workload.num_requests} requests of {_span(workload.input_len)} + "
-        f"{_span(workload.output_len)} tokens, median (min - max) of {len(results[0]['repeats'])}"
+        f"{facts.name}, {config.target} on {config.device}, {config.dtype}: {workload.num_requests} requests "
+        f"of {_span(workload.input_len)} + {_span(workload.output_len)} tokens, median (min - max) of {len(results[0]['repeats'])}"
     )
     to.console.print(table(title, ["", *(result["system"] for result in results)], rows))
     if len(results) > 1:
@@ -232,10 +311,13 @@ def _cell(summary: dict[str, float] | None) -> str:
 
 @app.command()
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A.json", help="Document that `camshaft bench --output` wrote.", show_default=False)],
+    first: Annotated[
+        Path,
+        typer.Argument(metavar="A.json", help="Document that `camshaft bench --output` wrote.", show_default=False),
+    ],
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Another one.", show_default=False)],
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compare two benchmark documents: each metric's medians, their ratio, and whether the spreads overlap."""
     import dataclasses
 

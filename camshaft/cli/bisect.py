@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import BlockSizeOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, Output, output, resolve_model, table
+from .common import (
+    BlockSizeOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    Output,
+    output,
+    resolve_model,
+    table,
+)
 
 if TYPE_CHECKING:
     from ..export.bisect import TargetBisection
@@ -22,16 +32,27 @@ def bisect(
     model: ModelArgument,
     target: Annotated[
         list[str] | None,
-        typer.Option("--target", help='Targets to compare (may be given several times), "all", or "none"; default: those that "auto" chooses from.', show_default=False),
+        typer.Option(
+            "--target",
+            help='Targets to compare (may be given several times), "all", or "none"; default: those that "auto" chooses from.',
+            show_default=False,
+        ),
     ] = None,
-    tolerance: Annotated[float | None, typer.Option("--tolerance", help="Largest allowed difference, as a share of the largest value; default: by dtype, 1e-3 for float32.", show_default=False)] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            "--tolerance",
+            help="Largest allowed difference, as a share of the largest value; default: by dtype, 1e-3 for float32.",
+            show_default=False,
+        ),
+    ] = None,
     num_tokens: Annotated[int, typer.Option("--num-tokens", min=4, help="Length of the random prompt.")] = 24,
     seed: Annotated[int, typer.Option("--seed", help="Of the random prompt.")] = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     block_size: BlockSizeOption = None,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Find the first pass, or the first segment of a target, whose result differs from the model's.
 
     The passes run one by one, and every program is compared with the captured one; then every segment that a target
@@ -42,9 +63,16 @@ def bisect(
 
 
 def _bisect(
-    to: Output, model: str, targets: list[str], tolerance: float | None, num_tokens: int, seed: int,
-    device_name: str | None, dtype_name: str | None, block_size: int,
-) -> None:  # fmt: skip
+    to: Output,
+    model: str,
+    targets: list[str],
+    tolerance: float | None,
+    num_tokens: int,
+    seed: int,
+    device_name: str | None,
+    dtype_name: str | None,
+    block_size: int,
+) -> None:
     from ..export.bisect import TOLERANCES, bisect_target
     from ..export.build import resolve_device, resolve_dtype
     from ..models.huggingface import open_model, trace_decoder
@@ -66,9 +94,7 @@ def _bisect(
             done.append(check.name)
             report("comparing passes", len(done), len(passes))
 
-        found = bisect_passes(
-            program, passes, tolerance=allowed, num_tokens=num_tokens, seed=seed, on_check=on_check
-        )
+        found = bisect_passes(program, passes, tolerance=allowed, num_tokens=num_tokens, seed=seed, on_check=on_check)
     _print_passes(to, found)
     results: list[TargetBisection] = []
     if found.program.cache is not None:
@@ -76,7 +102,13 @@ def _bisect(
             with progress_bar() as report:
                 results.append(
                     bisect_target(
-                        found.program, name, device=device, tolerance=allowed, num_tokens=num_tokens, seed=seed, on_progress=report
+                        found.program,
+                        name,
+                        device=device,
+                        tolerance=allowed,
+                        num_tokens=num_tokens,
+                        seed=seed,
+                        on_progress=report,
                     )
                 )
             _print_target(to, results[-1])
@@ -104,7 +136,9 @@ def _targets(asked: list[str], device: Any) -> list[str]:
     for name in asked:
         reason = get_target(name).unavailable(device)
         if reason is not None:
-            raise ValueError(f"target {name} cannot run on {device.type}: {reason}. Targets that can: {', '.join(usable)}")
+            raise ValueError(
+                f"target {name} cannot run on {device.type}: {reason}. Targets that can: {', '.join(usable)}"
+            )
     return asked
 
 
@@ -114,7 +148,8 @@ def _error_text(error: float) -> str:
 
 def _print_passes(to: Output, found: PassBisection) -> None:
     rows = [
-        [c.index, c.name, c.stage, c.num_matches, _error_text(c.error), "ok" if c.ok else c.problem or "DIFFERS"] for c in found.checks
+        [c.index, c.name, c.stage, c.num_matches, _error_text(c.error), "ok" if c.ok else c.problem or "DIFFERS"]
+        for c in found.checks
     ]
     title = "Passes, each compared with the captured program"
     to.console.print(table(title, ["", "pass", "stage", "matches", "error", ""], rows, left=(1, 2, 5)))
@@ -129,7 +164,13 @@ def _print_target(to: Output, result: TargetBisection) -> None:
         if key not in worst or check.error > worst[key].error:
             worst[key] = check
     rows = [
-        [key, counts[key], _error_text(c.error), "ok" if c.ok else c.problem or f"DIFFERS at step {c.step}", c.operators]
+        [
+            key,
+            counts[key],
+            _error_text(c.error),
+            "ok" if c.ok else c.problem or f"DIFFERS at step {c.step}",
+            c.operators,
+        ]
         for key, c in worst.items()
     ]
     title = f"Target {result.target}, each segment compared with eager (logits at the end: {_error_text(result.logits_error)})"
@@ -141,20 +182,26 @@ def findings(found: PassBisection, results: list[TargetBisection]) -> list[str]:
     lines = []
     bad = found.first_bad
     if bad is not None:
-        how = bad.problem or f"its output differs from the captured program by {bad.error:.2g} (allowed {found.tolerance:g})"
+        how = (
+            bad.problem
+            or f"its output differs from the captured program by {bad.error:.2g} (allowed {found.tolerance:g})"
+        )
         lines.append(f"pass {bad.index}, {bad.name}: {how}")
         if found.program.cache is None:
             lines.append("the targets were not compared: the program did not get past that pass")
     for result in results:
         step = result.first_bad
         if step is not None:
-            how = step.problem or f"differs from eager by {step.error:.2g} on the same inputs (allowed {result.tolerance:g})"
+            how = (
+                step.problem
+                or f"differs from eager by {step.error:.2g} on the same inputs (allowed {result.tolerance:g})"
+            )
             name = f"segment {step.segment}" if step.what == "segment" else step.segment
             lines.append(f"target {result.target}, {name} (step {step.step}; {step.operators}): {how}")
         elif not result.ok:
             lines.append(
-                f"target {result.target}: each segment is within {result.tolerance:g}, but the errors add up to {result.logits_error:.2g} "
-                "in the logits; a higher precision, or a higher --tolerance"
+                f"target {result.target}: each segment is within {result.tolerance:g}, but the errors add up to "
+                f"{result.logits_error:.2g} in the logits; a higher precision, or a higher --tolerance"
             )
     return lines
 

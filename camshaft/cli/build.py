@@ -40,7 +40,10 @@ EXAMPLES = "Example: [bold]camshaft build demo -o demo.engine --verify[/]"
 
 def build(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="ENGINE", help="Directory to write the engine to.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="ENGINE", help="Directory to write the engine to.", show_default=False),
+    ],
     target: TargetOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -52,22 +55,38 @@ def build(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the engine that is there.")] = False,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Compare the program after each pass, and the engine's greedy tokens, with the model run by plain PyTorch; exit 1 if they disagree."),
+        typer.Option(
+            "--verify",
+            help="Compare the program after each pass, and the engine's greedy tokens, with the model run by plain "
+            "PyTorch; exit 1 if they disagree.",
+        ),
     ] = False,
-    dump: Annotated[Path | None, typer.Option("--dump", metavar="DIR", help="Write the graph before and after each pass there.")] = None,
-    report: Annotated[bool, typer.Option("--report", help="Also print the operators of each segment and every file.")] = False,
+    dump: Annotated[
+        Path | None, typer.Option("--dump", metavar="DIR", help="Write the graph before and after each pass there.")
+    ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Also print the operators of each segment and every file.")
+    ] = False,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compile a model into an engine directory, which runs without the checkpoint and without Transformers."""
     import camshaft
 
     with output(as_json) as to:
         _check_free(out, overwrite)
         engine = camshaft.compile(
-            model, target=target or "auto", device=device, dtype=dtype, max_seq_len=max_seq_len, max_batch_tokens=max_batch_tokens,
-            max_sequences=max_sequences, block_size=16 if block_size is None else block_size, cache=not no_cache, verify=verify,
+            model,
+            target=target or "auto",
+            device=device,
+            dtype=dtype,
+            max_seq_len=max_seq_len,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            block_size=16 if block_size is None else block_size,
+            cache=not no_cache,
+            verify=verify,
             dump_dir=dump,
-        )  # fmt: skip
+        )
         engine.save(out, overwrite=overwrite)
         check = verify_engine(engine, resolve_model(model)) if verify else None
         saved = camshaft.load(out, verify=False)
@@ -101,8 +120,8 @@ def print_check(to: Output, check: EngineCheck) -> None:
     verdict = "agrees with" if check.ok else "DISAGREES with"
     ties = f" ({check.num_ties} ties)" if check.num_ties else ""
     to.print(
-        f"verify: the engine {verdict} the program run by eager: {check.num_equal} of {len(check.tokens)} greedy tokens equal{ties}, "
-        f"logits differ by {check.logits_error:.2g} of the largest (allowed {check.tolerance:g})",
+        f"verify: the engine {verdict} the program run by eager: {check.num_equal} of {len(check.tokens)} greedy tokens "
+        f"equal{ties}, logits differ by {check.logits_error:.2g} of the largest (allowed {check.tolerance:g})",
         style="green" if check.ok else "bold red",
     )
     if not check.ok:
@@ -119,7 +138,14 @@ def segment_table(plan: Plan, engines: dict[str, str], sizes: dict[str, int], *,
     for key, segment in plan.segments.items():
         file = engines.get(key)
         size = format_bytes(sizes[file]) if file in sizes else "-"
-        row: list[object] = [key, uses[key], len(segment.operators), segment.num_weights, size, "PyTorch" if segment.eager else ""]
+        row: list[object] = [
+            key,
+            uses[key],
+            len(segment.operators),
+            segment.num_weights,
+            size,
+            "PyTorch" if segment.eager else "",
+        ]
         rows.append([*row, operators_text(segment, 99 if operators else 5)])
     attention = sum(not isinstance(step, SegmentStep) for step in plan.steps)
     title = f"Segments: {len(plan.segments)} distinct, {sum(uses.values())} runs and {attention} attentions per step"
@@ -144,11 +170,11 @@ def _print(to: Output, engine: Engine, out: Path, report: bool) -> None:
     build = engine.config
     total = sum(facts["bytes"] for facts in manifest.files.values())
     to.print(
-        f"{out}: {manifest.model.name}, {manifest.model.num_parameters / 1e6:.1f} M parameters, target {build.target}, {build.device}, "
-        f"{build.dtype}; {format_bytes(total)} ({format_bytes(engine.weights_bytes)} weights)",
+        f"{out}: {manifest.model.name}, {manifest.model.num_parameters / 1e6:.1f} M parameters, "
+        f"target {build.target}, {build.device}, {build.dtype}; {format_bytes(total)} ({format_bytes(engine.weights_bytes)} weights)",
         style="bold",
     )
-    to.print(f"run it: camshaft generate {out} \"Once upon a time\"")
+    to.print(f'run it: camshaft generate {out} "Once upon a time"')
 
 
 def timings_text(timings: dict[str, float]) -> str:

@@ -21,41 +21,66 @@ if TYPE_CHECKING:
 _BUILD = "Build"
 TargetOption = Annotated[
     str | None,
-    typer.Option("--target", rich_help_panel=_BUILD, help='What runs the model: "auto" (measured here), "onnxruntime" (CPU), "inductor" or "eager".'),
-]  # fmt: skip
+    typer.Option(
+        "--target",
+        rich_help_panel=_BUILD,
+        help='What runs the model: "auto" (measured here), "onnxruntime" (CPU), "inductor" or "eager".',
+    ),
+]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", rich_help_panel=_BUILD, help='"cpu" or "cuda"; default: the GPU where there is one.')
-]  # fmt: skip
+    str | None,
+    typer.Option("--device", rich_help_panel=_BUILD, help='"cpu" or "cuda"; default: the GPU where there is one.'),
+]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", rich_help_panel=_BUILD, help='"float32", "bfloat16" or "float16"; default: bfloat16 on a GPU, float32 on a CPU.'),
-]  # fmt: skip
+    typer.Option(
+        "--dtype",
+        rich_help_panel=_BUILD,
+        help='"float32", "bfloat16" or "float16"; default: bfloat16 on a GPU, float32 on a CPU.',
+    ),
+]
 SeqLenOption = Annotated[
     int | None,
-    typer.Option("--max-seq-len", rich_help_panel=_BUILD, help="Most tokens of one sequence, prompt and output; default: the model's, at most 4096."),
-]  # fmt: skip
+    typer.Option(
+        "--max-seq-len",
+        rich_help_panel=_BUILD,
+        help="Most tokens of one sequence, prompt and output; default: the model's, at most 4096.",
+    ),
+]
 BatchTokensOption = Annotated[
     int | None,
-    typer.Option("--max-batch-tokens", rich_help_panel=_BUILD, help="Most tokens in one step; default: 8192 on a GPU, 1024 on a CPU."),
-]  # fmt: skip
+    typer.Option(
+        "--max-batch-tokens",
+        rich_help_panel=_BUILD,
+        help="Most tokens in one step; default: 8192 on a GPU, 1024 on a CPU.",
+    ),
+]
 SequencesOption = Annotated[
     int | None,
-    typer.Option("--max-sequences", rich_help_panel=_BUILD, help="Most sequences in one step; default: 256 on a GPU, 64 on a CPU."),
-]  # fmt: skip
+    typer.Option(
+        "--max-sequences",
+        rich_help_panel=_BUILD,
+        help="Most sequences in one step; default: 256 on a GPU, 64 on a CPU.",
+    ),
+]
 BlockSizeOption = Annotated[
-    int | None, typer.Option("--block-size", rich_help_panel=_BUILD, help="Tokens in a block of the KV cache; default: 16.")
-]  # fmt: skip
+    int | None,
+    typer.Option("--block-size", rich_help_panel=_BUILD, help="Tokens in a block of the KV cache; default: 16."),
+]
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", rich_help_panel=_BUILD, help="Neither reuse an earlier build nor keep this one.")
-]  # fmt: skip
+]
 KvBytesOption = Annotated[
     str | None,
     typer.Option("--kv-cache-bytes", help="Size of the KV cache, such as 512M or 2G; default: by the free memory."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")
+]
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help='Hugging Face directory, hub id (org/name), or "demo".', show_default=False)
-]  # fmt: skip
+    str,
+    typer.Argument(metavar="MODEL", help='Hugging Face directory, hub id (org/name), or "demo".', show_default=False),
+]
 EngineOrModelArgument = Annotated[
     str,
     typer.Argument(
@@ -77,7 +102,9 @@ def parse_bytes(text: str | None, name: str) -> int | None:
     try:
         return int(float(number.removesuffix(unit)) * _UNITS[unit])
     except ValueError as error:
-        raise ValueError(f"{name} is {text!r}; allowed: a number of bytes, or one with K, M, G or T, such as 512M") from error
+        raise ValueError(
+            f"{name} is {text!r}; allowed: a number of bytes, or one with K, M, G or T, such as 512M"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- consoles
@@ -141,8 +168,12 @@ def pass_table(passes: Sequence[PassRecord]) -> Table:
     rows = []
     for record in passes:
         row: list[object] = [
-            record.name, record.stage, record.num_matches, f"{record.nodes_before} -> {record.nodes_after}", f"{1e3 * record.seconds:.0f}",
-        ]  # fmt: skip
+            record.name,
+            record.stage,
+            record.num_matches,
+            f"{record.nodes_before} -> {record.nodes_after}",
+            f"{1e3 * record.seconds:.0f}",
+        ]
         if compared:
             row.append("" if record.max_error is None else f"{record.max_error:.2g}")
         rows.append(row)
@@ -172,7 +203,9 @@ def open_engine(model: str, build: Mapping[str, Any], *, progress: bool | None =
         given.pop("cache", None)
         if given:
             options = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise ValueError(f"{model} is an engine, built already, so {options} cannot be changed; leave them out, or build it again")
+            raise ValueError(
+                f"{model} is an engine, built already, so {options} cannot be changed; leave them out, or build it again"
+            )
         return camshaft.load(model, max_sequences=limit)
     engine: Engine = camshaft.compile(model, progress=progress, **given)
     return engine

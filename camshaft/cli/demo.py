@@ -57,8 +57,8 @@ def _demo(
         stats = llm.stats()
     num_tokens = sum(len(result.token_ids) for result in results)
     to.print(
-        f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} tokens/s, {len(results)} requests batched in flight over "
-        f"{stats.scheduler.steps} steps",
+        f"{num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} tokens/s, {len(results)} requests "
+        f"batched in flight over {stats.scheduler.steps} steps",
         style="bold",
     )
     to.print("(a very small model, trained on free documentation: it writes like a manual and knows nothing)")
@@ -68,8 +68,8 @@ def _explain(to: Output, engine: Engine, seconds: float) -> None:
     manifest = engine.manifest
     facts, build = manifest.model, manifest.build
     to.print(
-        f"{facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters, target {build.target} on {build.device}, {build.dtype}: "
-        f"ready in {seconds:.1f} s",
+        f"{facts.architecture}, {facts.num_parameters / 1e6:.1f} M parameters, target {build.target} on {build.device}, "
+        f"{build.dtype}: ready in {seconds:.1f} s",
         style="bold",
     )
     to.print("time: " + timings_text(manifest.timings))

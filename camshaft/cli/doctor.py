@@ -24,10 +24,14 @@ EXAMPLES = "Example: [bold]camshaft doctor --no-self-test[/] (a few seconds)"
 
 def doctor(
     self_test: Annotated[
-        bool, typer.Option("--self-test/--no-self-test", help="Compile a tiny model for every target and compare its tokens with Transformers' own.")
+        bool,
+        typer.Option(
+            "--self-test/--no-self-test",
+            help="Compile a tiny model for every target and compare its tokens with Transformers' own.",
+        ),
     ] = True,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Check this machine: packages, GPUs, compilers, targets, attention kernels, caches, memory, and a self-test.
 
     Exit code 0 if the default target works.
@@ -79,7 +83,9 @@ def gather() -> dict[str, Any]:
         "default_target": _default_target(targets[default_device], default_device),
         "attention": describe(),
         "cache": {"directory": str(root), "bytes": _directory_bytes(root), "writable": _writable(root)},
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(("CAMSHAFT_", "OMP_", "CUDA_VISIBLE"))},
+        "environment": {
+            key: value for key, value in os.environ.items() if key.startswith(("CAMSHAFT_", "OMP_", "CUDA_VISIBLE"))
+        },
     }
 
 
@@ -136,20 +142,34 @@ def _writable(root: Path) -> bool:
 
 def _print(to: Output, facts: dict[str, Any]) -> None:
     memory, cache, cpu = facts["memory"], facts["cache"], facts["cpu"]
-    gpus = [f"{g['name']}, compute {g['capability']}, {format_bytes(g['free_bytes'])} of {format_bytes(g['total_bytes'])} free" for g in facts["gpus"]]
+    gpus = [
+        f"{g['name']}, compute {g['capability']}, {format_bytes(g['free_bytes'])} of {format_bytes(g['total_bytes'])} free"
+        for g in facts["gpus"]
+    ]
     compilers = [f"{name}: {line}" for name, line in facts["compilers"].items() if line]
-    free = "unknown" if memory["free_bytes"] is None else f"{format_bytes(memory['free_bytes'])} of {format_bytes(memory['total_bytes'])} free"
+    free = (
+        "unknown"
+        if memory["free_bytes"] is None
+        else f"{format_bytes(memory['free_bytes'])} of {format_bytes(memory['total_bytes'])} free"
+    )
     rows = [
         ["python", f"{facts['python']} ({facts['executable']})"],
         ["platform", facts["platform"]],
         ["cpu", f"{cpu['model']}, {cpu['cores']} cores, {cpu['vector']}, torch uses {facts['torch_threads']} threads"],
         ["memory", free],
         ["gpu", "; ".join(gpus) or f"none that torch sees (torch is built for {_cuda_text(facts['cuda_of_torch'])})"],
-        ["compilers", "; ".join(compilers) or "none: install g++ (Debian: apt-get install g++) for the fast CPU attention"],
+        [
+            "compilers",
+            "; ".join(compilers) or "none: install g++ (Debian: apt-get install g++) for the fast CPU attention",
+        ],
         ["packages", ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)],
         ["missing", ", ".join(name for name, version in facts["packages"].items() if not version) or "nothing"],
-        ["cache", f"{cache['directory']}, {format_bytes(cache['bytes'])}" + ("" if cache["writable"] else " - NOT WRITABLE: set CAMSHAFT_CACHE")],
-    ]  # fmt: skip
+        [
+            "cache",
+            f"{cache['directory']}, {format_bytes(cache['bytes'])}"
+            + ("" if cache["writable"] else " - NOT WRITABLE: set CAMSHAFT_CACHE"),
+        ],
+    ]
     to.console.print(table("This machine", ["", ""], rows, left=(0, 1)))
     rows = []
     for device, targets in facts["targets"].items():
@@ -188,7 +208,15 @@ def _self_tests(to: Output, facts: dict[str, Any]) -> list[dict[str, Any]]:
             results.append(run_self_test(name, device))
     rows = []
     for result in results:
-        rows.append([result["target"], device, "ok" if result["ok"] else "FAILED", f"{result['seconds']:.1f} s", result["detail"]])
+        rows.append(
+            [
+                result["target"],
+                device,
+                "ok" if result["ok"] else "FAILED",
+                f"{result['seconds']:.1f} s",
+                result["detail"],
+            ]
+        )
     title = "Self-test: a 2-layer random Llama, greedy tokens against Transformers"
     to.console.print(table(title, ["target", "device", "", "time", ""], rows, left=(0, 1, 2, 4)))
     return results
@@ -215,8 +243,16 @@ def _test_target(target: str, device: str) -> tuple[bool, str]:
     model = random_llama()
     prompts = [[5, 9, 2, 77, 31], [100, 4], list(range(10, 40))]
     engine = camshaft.compile(
-        model, target=target, device=device, dtype="float32", max_seq_len=128, max_batch_tokens=64, max_sequences=4, cache=False, progress=False
-    )  # fmt: skip
+        model,
+        target=target,
+        device=device,
+        dtype="float32",
+        max_seq_len=128,
+        max_batch_tokens=64,
+        max_sequences=4,
+        cache=False,
+        progress=False,
+    )
     params = camshaft.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     try:
         kv_bytes = 4 * 128 * sum(layer.bytes_per_token for layer in engine.manifest.cache.layers)
@@ -242,9 +278,14 @@ def random_llama() -> Any:
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=256,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config).eval()

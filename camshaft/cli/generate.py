@@ -40,16 +40,32 @@ def generate(
     model: EngineOrModelArgument,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PROMPT]...", help='Prompts, answered together; "-": one prompt per line of stdin.', show_default=False),
+        typer.Argument(
+            metavar="[PROMPT]...",
+            help='Prompts, answered together; "-": one prompt per line of stdin.',
+            show_default=False,
+        ),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a message to a chat model; without one, a conversation on the terminal.")] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Each prompt is a message to a chat model; without one, a conversation on the terminal."
+        ),
+    ] = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of each output.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: always the likeliest token; higher: more varied.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0: always the likeliest token; higher: more varied.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option("--top-k", help="Choose among the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p", help="Choose among the likeliest tokens that make up this probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Choose among the likeliest tokens that make up this probability.")
+    ] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Makes the texts repeatable.", show_default=False)] = None,
     n: Annotated[int, typer.Option("--n", help="Texts for each prompt.")] = 1,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End a text before this string (may be given several times).", show_default=False)] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="End a text before this string (may be given several times).", show_default=False),
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show text while it is made.")] = True,
     kv_cache_bytes: KvBytesOption = None,
     target: TargetOption = None,
@@ -60,19 +76,30 @@ def generate(
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Complete prompts, or chat. All prompts run together, batched in flight."""
     from ..runtime.sampling_params import SamplingParams
 
     params = SamplingParams(
-        n=n, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or None,
-    )  # fmt: skip
+        n=n,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or None,
+    )
     texts = _read_prompts(prompts or [], chat, as_json)
     with output(as_json) as to:
         build = {
-            "target": target, "device": device, "dtype": dtype, "max_seq_len": max_seq_len, "max_batch_tokens": max_batch_tokens,
-            "max_sequences": max_sequences, "block_size": block_size,
-        }  # fmt: skip
+            "target": target,
+            "device": device,
+            "dtype": dtype,
+            "max_seq_len": max_seq_len,
+            "max_batch_tokens": max_batch_tokens,
+            "max_sequences": max_sequences,
+            "block_size": block_size,
+        }
         engine = open_engine(model, build)
         from ..runtime import LLM
 
@@ -100,7 +127,9 @@ def _run(llm: LLM, texts: Sequence[str], params: SamplingParams, *, chat: bool, 
     start = time.perf_counter()
     if stream and params.n == 1:
         handles = [llm.generate_async(prompt, params) for prompt in prompts]
-        results = [stream_one(handle, text if len(texts) > 1 or not chat else "", chat) for handle, text in zip(handles, texts)]
+        results = [
+            stream_one(handle, text if len(texts) > 1 or not chat else "", chat) for handle, text in zip(handles, texts)
+        ]
     else:
         results = llm.generate(prompts, params)
         for result, text in zip(results, texts):
@@ -114,7 +143,9 @@ def _run(llm: LLM, texts: Sequence[str], params: SamplingParams, *, chat: bool, 
         "sampling": dataclasses.asdict(params),
     }
     if not to.as_json:
-        err().print(f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.0f} tokens/s", style="dim", highlight=False)
+        err().print(
+            f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.0f} tokens/s", style="dim", highlight=False
+        )
 
 
 def stream_one(handle: RequestHandle, heading: str, chat: bool = False) -> RequestOutput:

@@ -21,13 +21,23 @@ EXAMPLES = "Example: [bold]camshaft inspect demo.engine --passes[/]"
 
 
 def inspect(
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Directory that `camshaft build` wrote.", show_default=False)],
-    graph: Annotated[str | None, typer.Option("--graph", metavar="SEGMENT", help="Print the graph of a segment (its id, or the beginning of it).", show_default=False)] = None,
+    engine: Annotated[
+        Path, typer.Argument(metavar="ENGINE", help="Directory that `camshaft build` wrote.", show_default=False)
+    ],
+    graph: Annotated[
+        str | None,
+        typer.Option(
+            "--graph",
+            metavar="SEGMENT",
+            help="Print the graph of a segment (its id, or the beginning of it).",
+            show_default=False,
+        ),
+    ] = None,
     passes: Annotated[bool, typer.Option("--passes", help="Only the passes that ran.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Only the weights: name, file.")] = False,
     files: Annotated[bool, typer.Option("--files", help="Only the files: size, sha256.")] = False,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Show what is in an engine: model, limits, passes, segments, KV cache, sizes. Reads no weights and runs nothing."""
     with output(as_json) as to:
         manifest, plan = read_engine(engine)
@@ -41,11 +51,16 @@ def inspect(
         elif weights:
             rows = _weights(engine, manifest)
             to.document = {"weights": rows}
-            cells = [[r["name"], r["dtype"], "x".join(map(str, r["shape"])), format_bytes(r["bytes"]), r["file"]] for r in rows]
+            cells = [
+                [r["name"], r["dtype"], "x".join(map(str, r["shape"])), format_bytes(r["bytes"]), r["file"]]
+                for r in rows
+            ]
             to.console.print(table("Weights", ["weight", "dtype", "shape", "size", "file"], cells, left=(0, 1, 4)))
         elif files:
             to.document = {"files": manifest.files}
-            cells = [[name, format_bytes(facts["bytes"]), facts["sha256"][:16]] for name, facts in manifest.files.items()]
+            cells = [
+                [name, format_bytes(facts["bytes"]), facts["sha256"][:16]] for name, facts in manifest.files.items()
+            ]
             to.console.print(table("Files", ["file", "size", "sha256"], cells, left=(0, 2)))
         else:
             to.document = _document(manifest, plan)
@@ -59,12 +74,16 @@ def read_engine(path: Path) -> tuple[Manifest, Plan]:
     from ..export.segment import Plan
 
     if not is_artifact(path):
-        raise ValueError(f"{path} is not an engine (no manifest.json and plan.json); make one with `camshaft build MODEL -o {path}`")
+        raise ValueError(
+            f"{path} is not an engine (no manifest.json and plan.json); make one with `camshaft build MODEL -o {path}`"
+        )
     manifest = Manifest.from_json((path / "manifest.json").read_text(), path / "manifest.json")
     try:
         return manifest, Plan.from_json(json.loads((path / "plan.json").read_text()))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}/plan.json is damaged ({type(error).__name__}: {error}); build or copy the engine again") from error
+        raise ValueError(
+            f"{path}/plan.json is damaged ({type(error).__name__}: {error}); build or copy the engine again"
+        ) from error
 
 
 def _find_segment(plan: Plan, prefix: str) -> Segment:
@@ -110,7 +129,15 @@ def _weights(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
         size = dtype.itemsize
         for extent in shape:
             size *= extent
-        rows.append({"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "bytes": size, "file": file})
+        rows.append(
+            {
+                "name": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": list(shape),
+                "bytes": size,
+                "file": file,
+            }
+        )
     return rows
 
 
@@ -159,14 +186,21 @@ def _summary(to: Output, path: Path, manifest: Manifest, plan: Plan) -> None:
     total = sum(facts["bytes"] for facts in manifest.files.values())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     lines = [
-        ["model", f"{model.name} ({model.architecture}), {model.num_parameters / 1e6:.1f} M parameters, vocabulary {model.vocab_size:,}"],
+        [
+            "model",
+            f"{model.name} ({model.architecture}), {model.num_parameters / 1e6:.1f} M parameters, vocabulary {model.vocab_size:,}",
+        ],
         ["target", f"{build.target} on {build.device}, {build.dtype}"],
-        ["limits", f"{build.max_seq_len:,} tokens a sequence, {build.max_batch_tokens:,} tokens and {build.max_sequences} sequences a step"],
+        [
+            "limits",
+            f"{build.max_seq_len:,} tokens a sequence, {build.max_batch_tokens:,} tokens and {build.max_sequences} "
+            "sequences a step",
+        ],
         ["size", f"{format_bytes(total)} in {len(manifest.files)} files"],
         ["built by", f"camshaft {manifest.camshaft_version}, {versions}"],
         ["built on", ", ".join(f"{name} {value}" for name, value in manifest.hardware.items())],
         ["time", timings_text(manifest.timings)],
-    ]  # fmt: skip
+    ]
     to.console.print(table(str(path), ["", ""], lines, left=(0, 1)))
     to.console.print(pass_table(manifest.passes))
     sizes = {name.removeprefix("engines/"): facts["bytes"] for name, facts in manifest.files.items()}

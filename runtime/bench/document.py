@@ -23,11 +23,21 @@ LOWER_IS_BETTER = ("ttft_ms", "tpot_ms", "itl_ms", "decode_ms", "request_s", "du
 
 def result_entry(system: str, mode: str, repeats: Sequence[Repeat], **facts: Any) -> dict[str, Any]:
     """One system's part: all repeats, and median, min and max of every metric."""
-    return {"system": system, "mode": mode, **facts, "summary": summarize(repeats), "repeats": [dict(r) for r in repeats]}
+    return {
+        "system": system,
+        "mode": mode,
+        **facts,
+        "summary": summarize(repeats),
+        "repeats": [dict(r) for r in repeats],
+    }
 
 
 def make_document(
-    *, model: Mapping[str, Any], workload: Workload, results: Sequence[Mapping[str, Any]], command: Sequence[str] | None = None
+    *,
+    model: Mapping[str, Any],
+    workload: Workload,
+    results: Sequence[Mapping[str, Any]],
+    command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The document: what was run, where, with which versions, and all results."""
     from .environment import git_commit, machine, package_versions
@@ -51,7 +61,9 @@ def read_document(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give files that `camshaft bench --output FILE` wrote") from error
+        raise ValueError(
+            f"{path} is not JSON ({error}); give files that `camshaft bench --output FILE` wrote"
+        ) from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise ValueError(f"{path} is no benchmark document; give files that `camshaft bench --output FILE` wrote")
     if data["format"] > FORMAT:

@@ -95,7 +95,9 @@ def run_throughput(
     }
 
 
-def run_latency(llm: LLM, engine: RecordingEngine, requests: Sequence[BenchRequest], *, ignore_eos: bool = True) -> Repeat:
+def run_latency(
+    llm: LLM, engine: RecordingEngine, requests: Sequence[BenchRequest], *, ignore_eos: bool = True
+) -> Repeat:
     """One request after another, batch size 1.
 
     Returns decode_ms_* per token after the first, ttft_ms_*, request_s (median end-to-end seconds), output_tok_s.

@@ -11,7 +11,7 @@ Range = tuple[int, int]
 
 
 def parse_range(text: str, name: str) -> Range:
-    """"128" -> (128, 128), "16:256" -> (16, 256). Raises ValueError naming the option."""
+    """ "128" -> (128, 128), "16:256" -> (16, 256). Raises ValueError naming the option."""
     parts = text.split(":")
     try:
         low, high = int(parts[0]), int(parts[-1])
@@ -95,5 +95,6 @@ def make_requests(
 
     prefix = tokens(workload.shared_prefix)
     return [
-        BenchRequest(prefix + tokens(num_input - len(prefix)), num_output) for num_input, num_output in workload.lengths()
+        BenchRequest(prefix + tokens(num_input - len(prefix)), num_output)
+        for num_input, num_output in workload.lengths()
     ]
