@@ -105,8 +105,8 @@ class _RowInterpreter(fx.Interpreter):
         if target is not PAGED_ATTENTION:
             return super().call_function(target, args, kwargs)
         q, k, v, *_, sinks, slopes, scale, window, softcap = args
-        heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return dense_attention(*heads, sinks, slopes, scale, window, softcap)
+        q_BHTD, k_BGTD, v_BGTV = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        return dense_attention(q_BHTD, k_BGTD, v_BGTV, sinks, slopes, scale, window, softcap)
 
 
 def bisect_passes(

@@ -199,7 +199,7 @@ class _Bench:
 
         recording = RecordingEngine(self.engine)
         measure = run_latency if self.latency else run_throughput
-        with LLM(recording, policy=policy, kv_cache_bytes=kv_cache_bytes) as llm:  # type: ignore[arg-type]
+        with LLM(recording, policy=policy, kv_cache_bytes=kv_cache_bytes) as llm:
             runs = repeat_runs(
                 lambda index: measure(llm, recording, self.requests(index), ignore_eos=self.workload.ignore_eos),
                 repeats=self.repeats,

@@ -171,7 +171,8 @@ def _print(to: Output, engine: Engine, out: Path, report: bool) -> None:
     total = sum(facts["bytes"] for facts in manifest.files.values())
     to.print(
         f"{out}: {manifest.model.name}, {manifest.model.num_parameters / 1e6:.1f} M parameters, "
-        f"target {build.target}, {build.device}, {build.dtype}; {format_bytes(total)} ({format_bytes(engine.weights_bytes)} weights)",
+        f"target {build.target}, {build.device}, {build.dtype}; "
+        f"{format_bytes(total)} ({format_bytes(engine.weights_bytes)} weights)",
         style="bold",
     )
     to.print(f'run it: camshaft generate {out} "Once upon a time"')
