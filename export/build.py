@@ -122,6 +122,7 @@ def _lower(
     device = torch.device(config.device)
     assert program.cache is not None
     work = Path(tempfile.mkdtemp(prefix="camshaft-build-"))
+    kept = False
     try:
         timer.begin("choosing the target" if config.target == "auto" else "partitioning")
         report: list[str] = []
@@ -153,11 +154,13 @@ def _lower(
         if request.use_cache:
             entry = cache.store(key, manifest, plan, program.weights, work / "engines")
             return Engine(manifest, plan, program.weights, entry / "engines", source.tokenizer_dir)
-        kept = Path(tempfile.mkdtemp(prefix="camshaft-engines-"))
-        shutil.copytree(work / "engines", kept, dirs_exist_ok=True)
-        return Engine(manifest, plan, program.weights, kept, source.tokenizer_dir)
+        engine = Engine(manifest, plan, program.weights, work / "engines", source.tokenizer_dir)
+        engine.remove_with_engine(work)
+        kept = True
+        return engine
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _version(package: str) -> str:

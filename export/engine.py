@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +62,10 @@ class Engine:
         self._target = get_target(manifest.build.target)
         self._executor: Executor | None = None
         self._inputs: list[str] = list(plan.inputs)
+
+    def remove_with_engine(self, directory: Path) -> None:
+        """Ties a temporary directory to this engine: it is removed when the engine is, or when Python ends."""
+        weakref.finalize(self, shutil.rmtree, directory, True)
 
     # ------------------------------------------------------------------------------------------------------- properties
     @property

@@ -90,6 +90,7 @@ def relower(engine: Engine) -> None:
     directory = Path(tempfile.mkdtemp(prefix="camshaft-engines-"))
     engines = lower_plan(engine.plan, target, device, directory, build.max_batch_tokens)
     engine.engine_dir = directory
+    engine.remove_with_engine(directory)
     versions = {**engine.manifest.versions, **get_target(target).versions()}
     engine.manifest = dataclasses.replace(
         engine.manifest,

@@ -6,6 +6,7 @@ The module may live on the meta device: parameters and buffers become placeholde
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -44,7 +45,8 @@ def capture(
     tensors of a decoder. Raises CaptureError.
     """
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export's own, about its tree specs
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             exported = exported.run_decompositions({})
     except (
