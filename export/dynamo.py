@@ -3,7 +3,7 @@
     TorchDynamo -> graph of torch functions -> AOTAutograd -> functional aten graph -> Program -> passes -> segments
 
 AOTAutograd takes operators apart on the way: linear arrives as view, t, addmm and view (put together by `match_linear`),
-scaled_dot_product_attention as the kernel that the device would choose (put together here), layer_norm as native_layer_norm.
+scaled_dot_product_attention as the kernel that the device would choose and layer_norm as native_layer_norm (put together here).
 Norms, rotary embeddings and gates that a model writes out arrive as in an export. Parameters are weights; buffers stay inputs.
 Sizes that vary are read from tensors; a number that no tensor has as a size travels as the length of an empty tensor.
 """
@@ -171,6 +171,7 @@ def _to_program(
         )
     inputs += _replace_sizes(graph, [n for n in placeholders if not isinstance(n.meta["val"], Tensor)])
     _restore_attention(graph)
+    _restore_layer_norm(graph)
     order = {node.name: index for index, node in enumerate(graph.nodes)}
     inputs.sort(key=lambda spec: order[spec.name])
     program = Program(
@@ -253,6 +254,19 @@ def _restore_attention(graph: fx.Graph) -> None:
             )
         for user in list(node.users):
             new.meta["val"] = user.meta["val"]
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _restore_layer_norm(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target != aten.native_layer_norm.default or any(user.args[1] != 0 for user in node.users):
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(aten.layer_norm.default, node.args)
+        new.meta["val"] = node.meta["val"][0]
+        for user in list(node.users):
             user.replace_all_uses_with(new)
             graph.erase_node(user)
         graph.erase_node(node)

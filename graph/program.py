@@ -167,5 +167,5 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     values: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         values[node] = copied.node_copy(node, lambda n: values[n])
-        assert values[node].name == node.name, (values[node].name, node.name)
+        values[node].name = node.name  # fx itself would rename "input", because Python has a function of that name
     return copied
