@@ -168,7 +168,7 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "first_k_dense_replace": 1,
         },
     ),
-    "ministral": ("MinistralConfig", {**_GQA, "sliding_window": 16}),
+    "ministral": ("MinistralConfig", {**_GQA, "head_dim": 16, "sliding_window": 16}),
     "vaultgemma": ("VaultGemmaConfig", {**_GQA, "head_dim": 16}),
     "minimax_m2": ("MiniMaxM2Config", {**_GQA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "diffllama": ("DiffLlamaConfig", _GQA),
