@@ -7,7 +7,6 @@ ONNX Runtime then packs for its kernels.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from .base import Bound, LoweringError
 
 logger = logging.getLogger(__name__)
 
-_MOE = torch.ops.camshaft.moe.default
-
 
 class OnnxRuntimeTarget:
     """ONNX Runtime's CPU provider."""
@@ -29,6 +26,9 @@ class OnnxRuntimeTarget:
     name = "onnxruntime"
     extension = "onnx"
     min_tokens = 1
+
+    def __init__(self) -> None:
+        self._known: dict[str, bool] = {}
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -45,30 +45,64 @@ class OnnxRuntimeTarget:
         return {"onnxruntime": onnxruntime.__version__}
 
     def supports(self, node: fx.Node) -> bool:
-        return node.target is not _MOE  # the number of tokens of an expert is known only at run time
+        from .onnx_graph import UnsupportedError
+
+        try:
+            key = _signature(node)
+            if key not in self._known:
+                self._known[key] = _opens(node)
+        except UnsupportedError as error:
+            logger.debug("%s: %s", node.name, error)
+            return False
+        return self._known[key]
 
     def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
         from .onnx_graph import segment_to_onnx
 
-        try:
-            return segment_to_onnx(segment, max_tokens)
-        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
-            raise _lowering_error(segment, error) from error
+        return segment_to_onnx(segment)
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> _OnnxSegment:
         assert engine is not None
         return _OnnxSegment(segment, engine)
 
 
-def _lowering_error(segment: Segment, error: BaseException) -> LoweringError:
-    """The exporter's error with the names of the operators that it could not translate."""
-    names: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        names += re.findall(r"torch\.ops\.([\w.]+)\]", str(cause))
-        cause = cause.__cause__
-    text = f"{', '.join(dict.fromkeys(names))} has no ONNX form" if names else str(error).strip().splitlines()[0]
-    return LoweringError(f"segment {segment.id} cannot become an ONNX graph: {text}", operators=tuple(names))
+def _signature(node: fx.Node) -> str:
+    """What decides whether a node has a kernel: its operator, its arguments, and what its operands are."""
+    from .onnx_graph import describe
+
+    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda item: repr(describe(item.meta.get('val'))))}"
+
+
+def _opens(node: fx.Node) -> bool:
+    """Whether ONNX Runtime opens a model of this one node. Raises UnsupportedError where there is no such model."""
+    import onnxruntime as ort
+
+    from .onnx_graph import node_to_onnx
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        _open(node_to_onnx(node), options)
+    except _errors() as error:
+        logger.debug("%s: %s", node.name, error)
+        return False
+    return True
+
+
+def _open(model: bytes, options: Any) -> Any:
+    import onnxruntime as ort
+
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises for a model that it does not take."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    own = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
+    return (*own, RuntimeError, ValueError)
 
 
 class _OnnxSegment:
@@ -82,22 +116,23 @@ class _OnnxSegment:
 
         options = session_options()
         names = [f"w{index}" for index in range(len(weights))]
-        self._values = getattr(self, "_values", [])
         values = [ort.OrtValue.ortvalue_from_numpy(weight.detach().contiguous().numpy()) for weight in weights]
-        self._values.append(values)  # ONNX Runtime reads them in place
         if names:
             options.add_external_initializers(names, values)
         try:
-            session = ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
-        except (RuntimeError, ValueError) as error:
+            session = _open(self._model, options)
+        except _errors() as error:
             raise LoweringError(
                 f"ONNX Runtime {ort.__version__} does not open {self._name}: {error}; build the engine again"
             ) from error
-        return _runner(session, self._segment.num_inputs)
+        return _runner(session, self._segment.num_inputs, values)
 
 
 def session_options() -> Any:
-    """Options of every session: torch's number of threads, and threads that sleep instead of spinning."""
+    """Options of every session: torch's number of threads, and threads that sleep instead of spinning.
+
+    Not ONNX Runtime's global thread pool: it would hold for the whole process, spin, and refuse other code's sessions.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -107,14 +142,15 @@ def session_options() -> Any:
     return options
 
 
-def _runner(session: Any, num_inputs: int) -> Callable[..., Sequence[Tensor]]:
+def _runner(session: Any, num_inputs: int, weights: list[Any]) -> Callable[..., Sequence[Tensor]]:
+    """A call of the session. Measured against I/O binding and DLPack, plain numpy views cost least for a few tokens."""
     names = [f"x{index}" for index in range(num_inputs)]
     expected = {entry.name for entry in session.get_inputs()}
     used = [(index, name) for index, name in enumerate(names) if name in expected]
     outputs = [entry.name for entry in session.get_outputs()]
     run = session.run
 
-    def call(*inputs: Tensor) -> list[Tensor]:
+    def call(*inputs: Tensor, _weights: list[Any] = weights) -> list[Tensor]:  # ONNX Runtime reads the weights in place
         feeds = {name: inputs[index].contiguous().numpy() for index, name in used}
         return [torch.from_numpy(array) for array in run(outputs, feeds)]
 
