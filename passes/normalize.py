@@ -4,6 +4,7 @@
     a = aten.slice(x, d, 0, MAX); b = aten.expand(a, same shape)    x
     v = aten.view(x, [1, sym_size, -1, 16])             aten.reshape(x, [1, -1, 4, 16])
     c = aten.clone(x); d = aten._to_copy(x, x.dtype)    x
+    y = aten.type_as(x, other)                          aten._to_copy(x, other.dtype)
     t = transpose(transpose(x, 1, 2), 1, 2)             x
     u1 = unsqueeze(cos, 1); u2 = unsqueeze(cos, 1)      one node
 
@@ -55,6 +56,11 @@ def _simplify(program: Program, node: fx.Node) -> int:
         if {d % rank for d in node.args[1:]} == {d % rank for d in inner.args[1:]}:
             node.replace_all_uses_with(inner.args[0])
             return 1
+    if is_call(node, aten.type_as.default):
+        with program.graph.inserting_before(node):
+            cast = call(program, aten._to_copy.default, node.args[0], dtype=value(node).dtype)
+        node.replace_all_uses_with(cast)
+        return 1
     if node.target in VIEWS:
         return _static_reshape(program, node)
     return 0

@@ -23,6 +23,11 @@ class Twice(nn.Module):
         return x.unsqueeze(1).exp() + x.unsqueeze(1).exp()
 
 
+class TypeAs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.float().exp().type_as(y) + y.type_as(x)
+
+
 class Nothing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) * 2 + x[:, 1:].sum()
@@ -35,7 +40,10 @@ class Noise(nn.Module):
 
 def test_removes_no_ops() -> None:
     program = Normalize()(captured(NoOps(), rows(6))).program
-    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [aten.reshape.default, aten.sum.dim_IntList]
+    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [
+        aten.reshape.default,
+        aten.sum.dim_IntList,
+    ]
     check(Normalize(), NoOps(), rows(6), matches=0)
 
 
@@ -43,6 +51,15 @@ def test_merges_equal_nodes() -> None:
     program = Normalize()(captured(Twice(), rows(6))).program
     assert program.count(aten.exp.default) == program.count(aten.unsqueeze.default) == 1
     check(Normalize(), Twice(), rows(6), matches=0)
+
+
+def test_type_as_becomes_a_cast() -> None:
+    def inputs(size: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(1, size, 6).bfloat16(), torch.randn(1, size, 6).bfloat16()
+
+    program = check(Normalize(), TypeAs(), inputs, matches=0)
+    assert program.count(aten.type_as.default) == 0
+    assert program.count(aten._to_copy.default) == 2
 
 
 def test_leaves_the_rest() -> None:
