@@ -211,9 +211,12 @@ class _Bench:
 
     def measure_transformers(self, path: str) -> list[dict[str, Any]]:
         """Transformers' parts of the document, on the same requests."""
+        from transformers.utils import logging as transformers_logging
+
         from ..runtime.bench.document import result_entry
         from ..runtime.bench.peer import TransformersPeer, run_peer
 
+        transformers_logging.disable_progress_bar()
         config = self.engine.config
         peer = TransformersPeer(path, dtype=config.dtype, device=config.device, ignore_eos=self.workload.ignore_eos)
         if self.latency:
