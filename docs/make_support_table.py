@@ -29,11 +29,10 @@ def describe(name: str) -> dict[str, Any]:
     """One family's row: traced, canonicalized, and read off the graph."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
-    from families import FAMILIES, random_model, tiny_config
-
     from camshaft.models.huggingface import open_model, trace_decoder
     from camshaft.passes.manager import PassManager
     from camshaft.passes.pipeline import canonicalize_passes
+    from families import FAMILIES, random_model, tiny_config
 
     source = open_model(random_model(tiny_config(name)), torch.float32)
     program = PassManager(canonicalize_passes()).run(trace_decoder(source))

@@ -31,10 +31,22 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     from jupyter_client.kernelspec import KernelSpec
 
     notebook = nbformat.read(path, as_version=4)
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]  # this interpreter, whatever is installed
+    command = [
+        sys.executable,
+        "-m",
+        "ipykernel_launcher",
+        "-f",
+        "{connection_file}",
+    ]  # this interpreter, whatever is installed
     manager = KernelManager(kernel_name="python3")
     manager._kernel_spec = KernelSpec(argv=command, display_name="Python 3", language="python")
     client = nbclient.NotebookClient(notebook, km=manager, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    kinds = {kind for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs for kind in out.get("data", {})}
+    kinds = {
+        kind
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for out in cell.outputs
+        for kind in out.get("data", {})
+    }
     assert {"text/html", "image/svg+xml", "image/png"} <= kinds
