@@ -112,7 +112,7 @@ class Results:
         self.path.write_text(json.dumps(self.data, indent=1))
 
 
-def run_families(results: Results, names: list[str], processes: int) -> None:
+def run_families(results: Results, names: list[str], targets: list[str], processes: int) -> None:
     """Every family with targets eager and inductor, in as many processes as given (compiling is the host's work)."""
     if processes > 1:
 
@@ -120,8 +120,10 @@ def run_families(results: Results, names: list[str], processes: int) -> None:
             out = results.path.parent / f"part-{part[0]}"
             out.mkdir(exist_ok=True)
             command = [sys.executable, __file__, "--out", out, "--families", ",".join(part), "--skip-large"]
-            subprocess.run([*command, "--processes", "1"], check=True)
+            code = subprocess.run([*command, "--targets", ",".join(targets), "--processes", "1"]).returncode
             file = out / "gpu-core.json"
+            if code:
+                return {f"families {','.join(part)}": {"error": f"the process ended with {code}"}}
             data = json.loads(file.read_text())
             file.unlink()
             out.rmdir()
@@ -134,7 +136,7 @@ def run_families(results: Results, names: list[str], processes: int) -> None:
         results.write()
         return
     for name in names:
-        for target in ("eager", "inductor"):
+        for target in targets:
             results.section(
                 f"{name} {target} fp32",
                 lambda entry, n=name, t=target: entry.update(family(n, t, torch.float32)),  # type: ignore[misc]
@@ -146,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--families", default="llama,mistral,gemma2,gemma3,gpt_oss,bloom,falcon,mixtral,qwen3,gpt2")
+    parser.add_argument("--targets", default="eager,inductor", help="the large model is built for the last one")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--requests", type=int, default=512)
@@ -156,11 +159,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     results = Results(options.out / "gpu-core.json")
     torch.backends.cuda.matmul.allow_tf32 = False
-    run_families(results, [name for name in options.families.split(",") if name], options.processes)
+    targets = options.targets.split(",")
+    run_families(results, [name for name in options.families.split(",") if name], targets, options.processes)
     if not options.skip_large:
         import gpu_large
 
-        gpu_large.run(results, layers=options.layers, num_requests=options.requests, small=options.small)
+        gpu_large.run(results, targets[-1], layers=options.layers, num_requests=options.requests, small=options.small)
     results.write()
 
 

@@ -255,7 +255,7 @@ def reload(prompt: list[int], token: int, out: dict[str, Any]) -> None:
         out[mode] = {**entry, "same_token": entry["token"] == token, "process_s": time.perf_counter() - start}
 
 
-def run(results: Results, *, layers: int, num_requests: int, small: bool) -> None:
+def run(results: Results, target: str, *, layers: int, num_requests: int, small: bool) -> None:
     """All parts; a part that fails leaves its error, and the next go on."""
     import camshaft
     from camshaft import SamplingParams
@@ -264,7 +264,7 @@ def run(results: Results, *, layers: int, num_requests: int, small: bool) -> Non
 
     def exact(out: dict[str, Any]) -> None:
         model = make_model(4, torch.float32, small)
-        engine = build(model, out, small, dtype=torch.float32, target="inductor")
+        engine = build(model, out, small, dtype=torch.float32, target=target)
         with camshaft.LLM(engine, kv_cache_bytes=1 << 30) as llm:
             agreement(model, llm, out)
 
@@ -272,7 +272,7 @@ def run(results: Results, *, layers: int, num_requests: int, small: bool) -> Non
         start = time.perf_counter()
         state["model"] = model = make_model(layers, torch.bfloat16, small)
         out["model_s"] = time.perf_counter() - start
-        state["engine"] = engine = build(model, out, small, target="inductor", dtype=torch.bfloat16)
+        state["engine"] = engine = build(model, out, small, target=target, dtype=torch.bfloat16)
         start = time.perf_counter()
         state["llm"] = llm = camshaft.LLM(engine, memory_fraction=0.8 if DEVICE == "cuda" else 0.1)
         out["llm_s"] = time.perf_counter() - start
