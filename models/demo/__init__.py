@@ -14,12 +14,12 @@ _DATA = Path(__file__).resolve().parent / "data"
 
 def path() -> Path:
     """Folder of the model: config, bf16 weights and tokenizer, as ``from_pretrained`` takes it."""
-    return _DATA / "model"
+    return _DATA / "camshaft-demo"
 
 
 def draft_path() -> Path:
     """Folder of the draft model for speculative decoding; same tokenizer, about a sixth of the parameters."""
-    return _DATA / "draft"
+    return _DATA / "camshaft-demo-draft"
 
 
 def heldout_path() -> Path:

@@ -163,7 +163,7 @@ def main() -> None:
         sample.extend([text[:40_000]] * repeat)
         taken += min(len(text), 40_000) * repeat
     tokenizer = train_tokenizer(sample)
-    for name in ("model", "draft"):
+    for name in ("camshaft-demo", "camshaft-demo-draft"):
         save_tokenizer(tokenizer, args.data / name)
     pack(tokenizer, args.documents, args.chat, args.packed)
 
