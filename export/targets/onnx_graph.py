@@ -26,8 +26,14 @@ IR_VERSION = 11
 MICROSOFT = "com.microsoft"
 
 _ELEMENT_NAMES = {
-    torch.float32: "FLOAT", torch.float64: "DOUBLE", torch.int64: "INT64", torch.int32: "INT32", torch.int16: "INT16",
-    torch.int8: "INT8", torch.uint8: "UINT8", torch.bool: "BOOL",
+    torch.float32: "FLOAT",
+    torch.float64: "DOUBLE",
+    torch.int64: "INT64",
+    torch.int32: "INT32",
+    torch.int16: "INT16",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.bool: "BOOL",
 }
 
 
@@ -60,7 +66,9 @@ def element_type(dtype: torch.dtype) -> int:
     import onnx
 
     if dtype not in _ELEMENT_NAMES:
-        raise UnsupportedError(f"dtype {dtype} (allowed: {', '.join(str(d).removeprefix('torch.') for d in _ELEMENT_NAMES)})")
+        raise UnsupportedError(
+            f"dtype {dtype} (allowed: {', '.join(str(d).removeprefix('torch.') for d in _ELEMENT_NAMES)})"
+        )
     return int(onnx.TensorProto.DataType.Value(_ELEMENT_NAMES[dtype]))
 
 
@@ -140,7 +148,9 @@ class Builder:
             return self.constant(list(values), torch.int64)
         return self.op("Concat", *(v if isinstance(v, Size) else self.ints(v) for v in values), axis=0)
 
-    def reshape(self, value: Value | str, shape: Sequence[int | None], asked: Sequence[int | Size] | None = None) -> str:
+    def reshape(
+        self, value: Value | str, shape: Sequence[int | None], asked: Sequence[int | Size] | None = None
+    ) -> str:
         """A reshape to `shape`; `asked` gives the sizes where more than one of them varies."""
         varying = [size for size in shape if size is None]
         if len(varying) <= 1 and 0 not in shape:
@@ -191,7 +201,13 @@ def _emit_size(builder: Builder, node: fx.Node, args: Any) -> Size:
     if name == "aten.sym_size.int":
         axis = args[1] % len(args[0].shape)
         return Size(builder.op("Shape", args[0], start=axis, end=axis + 1))
-    kinds = {"operator.add": "Add", "operator.sub": "Sub", "operator.mul": "Mul", "operator.floordiv": "Div", "operator.mod": "Mod"}
+    kinds = {
+        "operator.add": "Add",
+        "operator.sub": "Sub",
+        "operator.mul": "Mul",
+        "operator.floordiv": "Div",
+        "operator.mod": "Mod",
+    }
     if name == "operator.neg":
         return Size(builder.op("Neg", args[0]))
     if name not in kinds:
@@ -214,7 +230,9 @@ def describe(value: Any) -> Any:
 
 def _merge(first: Any, second: Any) -> Any:
     if isinstance(first, Tensor):
-        return Value("", first.dtype, tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True)))
+        return Value(
+            "", first.dtype, tuple(a if a == b else None for a, b in zip(first.shape, second.shape, strict=True))
+        )
     if isinstance(first, list | tuple):
         return tuple(_merge(a, b) for a, b in zip(first, second, strict=True))
     if isinstance(first, int):
@@ -321,7 +339,8 @@ def _serialize(
     external = [_external(onnx, value) for value in weights]
     entries = [
         helper.make_tensor_value_info(
-            value.name, element_type(value.dtype),
+            value.name,
+            element_type(value.dtype),
             [f"{value.name}_{axis}" if size is None else size for axis, size in enumerate(shape)],
         )
         for value, shape in inputs

@@ -26,12 +26,20 @@ def _scale(b: Builder, x: Value, weight: Value | None, offset: float) -> str:
     return b.op("Add", weight, b.constant(offset, x.dtype)) if offset else weight.name
 
 
-def _rms_norm(b: Builder, out: Value, x: Value, weight: Value | None, eps: float, offset: float, cast_first: bool) -> str:
+def _rms_norm(
+    b: Builder, out: Value, x: Value, weight: Value | None, eps: float, offset: float, cast_first: bool
+) -> str:
     return b.op("RMSNormalization", x, _scale(b, x, weight, offset), axis=-1, epsilon=float(eps))
 
 
 def _add_rms_norm(
-    b: Builder, out: tuple[Value, Value], x: Value, residual: Value, weight: Value | None, eps: float, offset: float,
+    b: Builder,
+    out: tuple[Value, Value],
+    x: Value,
+    residual: Value,
+    weight: Value | None,
+    eps: float,
+    offset: float,
     cast_first: bool,
 ) -> list[str]:
     scale = _scale(b, x, weight, offset)
@@ -51,16 +59,28 @@ def _aten_rms_norm(
 
 
 def _layer_norm(
-    b: Builder, out: Value, x: Value, shape: Sequence[int], weight: Value | None = None, bias: Value | None = None,
-    eps: float = 1e-5, cudnn_enable: bool = True,
+    b: Builder,
+    out: Value,
+    x: Value,
+    shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> str:
     scale = weight.name if weight is not None else _ones(b, shape, x.dtype)
     return b.op("LayerNormalization", x, scale, bias, axis=-len(shape), epsilon=float(eps))
 
 
 def _group_norm(
-    b: Builder, out: Value, x: Value, num_groups: int, weight: Value | None = None, bias: Value | None = None,
-    eps: float = 1e-5, cudnn_enabled: bool = True,
+    b: Builder,
+    out: Value,
+    x: Value,
+    num_groups: int,
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
 ) -> str:
     channels = static(x.shape[1], "a number of channels")
     scale = weight or _ones(b, [channels], x.dtype)
@@ -69,8 +89,17 @@ def _group_norm(
 
 
 def _batch_norm(
-    b: Builder, out: Value, x: Value, weight: Value | None, bias: Value | None, mean: Value | None, var: Value | None,
-    training: bool, momentum: float, eps: float, cudnn_enabled: bool,
+    b: Builder,
+    out: Value,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value | None,
+    var: Value | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
 ) -> str:
     if training or mean is None or var is None:
         raise UnsupportedError("batch norm in training")
@@ -92,7 +121,11 @@ def _rope(b: Builder, out: Value, x: Value, cos: Value, sin: Value, interleaved:
     halves = [b.op("Slice", table, b.ints(begin), b.ints(end), b.ints(-1), b.ints(step)) for table in (cos, sin)]
     packed = b.reshape(x, (*x.shape[:2], heads * size))
     turned = b.op(
-        "RotaryEmbedding", packed, *halves, num_heads=heads, interleaved=int(interleaved),
+        "RotaryEmbedding",
+        packed,
+        *halves,
+        num_heads=heads,
+        interleaved=int(interleaved),
         rotary_embedding_dim=0 if rotated == size else rotated,
     )
     return b.reshape(turned, x.shape)
@@ -122,8 +155,17 @@ def _einsum(b: Builder, out: Value, equation: str, tensors: Sequence[Value], pat
 
 
 def _sdpa(
-    b: Builder, out: Value, q: Value, k: Value, v: Value, mask: Value | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    b: Builder,
+    out: Value,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> str:
     if dropout_p or len(q.shape) != 4 or (mask is not None and is_causal):
         raise UnsupportedError("attention with dropout, with a mask and is_causal, or of other than four dimensions")
@@ -132,16 +174,30 @@ def _sdpa(
 
 
 def _convolution(
-    b: Builder, out: Value, x: Value, weight: Value, bias: Value | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
+    b: Builder,
+    out: Value,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> str:
     num_axes = len(weight.shape) - 2
     if isinstance(padding, str) or len(x.shape) != num_axes + 2:
         raise UnsupportedError(f"a convolution with padding {padding!r} of {len(x.shape)} dimensions")
     pads = _each(padding, num_axes)
     return b.op(
-        "Conv", x, weight, bias, strides=_each(stride, num_axes), pads=[*pads, *pads], dilations=_each(dilation, num_axes),
-        group=groups, kernel_shape=list(weight.shape[2:]),
+        "Conv",
+        x,
+        weight,
+        bias,
+        strides=_each(stride, num_axes),
+        pads=[*pads, *pads],
+        dilations=_each(dilation, num_axes),
+        group=groups,
+        kernel_shape=list(weight.shape[2:]),
     )
 
 
@@ -151,13 +207,25 @@ def _each(value: Any, count: int) -> list[int]:
 
 
 def _max_pool(
-    b: Builder, out: Value, x: Value, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    b: Builder,
+    out: Value,
+    x: Value,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
 ) -> str:
     num_axes = len(x.shape) - 2
     sizes, pads = _each(kernel, num_axes), _each(padding, num_axes)
     return b.op(
-        "MaxPool", x, kernel_shape=sizes, strides=_each(stride, num_axes) or sizes, pads=[*pads, *pads],
-        dilations=_each(dilation, num_axes), ceil_mode=int(ceil_mode),
+        "MaxPool",
+        x,
+        kernel_shape=sizes,
+        strides=_each(stride, num_axes) or sizes,
+        pads=[*pads, *pads],
+        dilations=_each(dilation, num_axes),
+        ceil_mode=int(ceil_mode),
     )
 
 
@@ -165,6 +233,7 @@ def _adaptive_pool(b: Builder, out: Value, x: Value, size: Any) -> str:
     if any(item != 1 for item in size) or len(x.shape) != len(size) + 2:
         raise UnsupportedError(f"adaptive pooling to {size}")
     return b.op("GlobalAveragePool", x)
+
 
 NN_OPERATORS: dict[str, Emit] = {
     "camshaft.rms_norm.default": _rms_norm,

@@ -63,7 +63,9 @@ def _repeat(b: Builder, out: Value, x: Value, repeats: Sequence[int | Size]) -> 
     return value if all(count == 1 for count in repeats) else b.op("Tile", value, b.sizes(repeats))
 
 
-def _repeat_interleave(b: Builder, out: Value, x: Value, repeats: int, dim: int | None = None, output_size: Any = None) -> str:
+def _repeat_interleave(
+    b: Builder, out: Value, x: Value, repeats: int, dim: int | None = None, output_size: Any = None
+) -> str:
     if not isinstance(repeats, int):
         raise UnsupportedError("repeat_interleave with a number of repeats that varies")
     if dim is None:
@@ -112,7 +114,13 @@ def _pad(b: Builder, out: Value, x: Value, pad: Sequence[int], value: float = 0)
 
 # ------------------------------------------------------------------------------------------------- slices and gathers
 def _slice(
-    b: Builder, out: Value, x: Value, dim: int = 0, start: int | Size | None = None, end: int | Size | None = None, step: int = 1
+    b: Builder,
+    out: Value,
+    x: Value,
+    dim: int = 0,
+    start: int | Size | None = None,
+    end: int | Size | None = None,
+    step: int = 1,
 ) -> str:
     begin, stop = 0 if start is None else start, _MAX if end is None else end
     if begin == 0 and stop == _MAX and step == 1:
@@ -125,7 +133,14 @@ def _slice_from(b: Builder, x: Value, dim: int, begin: int | Size, end: int | Si
 
 
 def _slice_scatter(
-    b: Builder, out: Value, x: Value, source: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    b: Builder,
+    out: Value,
+    x: Value,
+    source: Value,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
 ) -> str:
     size = x.shape[dim]
     if size is None or step != 1 or isinstance(start, Size) or isinstance(end, Size):
@@ -198,7 +213,13 @@ def _triangle(upper: int) -> Emit:
 
 # ------------------------------------------------------------------------------------------------------------ sorting
 def _topk(
-    b: Builder, out: tuple[Value, Value], x: Value, k: int | Size, dim: int = -1, largest: bool = True, sorted: bool = True
+    b: Builder,
+    out: tuple[Value, Value],
+    x: Value,
+    k: int | Size,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,
 ) -> list[str]:
     return b.multi("TopK", 2, x, b.sizes([k]), axis=dim, largest=int(largest), sorted=1)
 
@@ -214,7 +235,9 @@ def _sort(b: Builder, out: Any, x: Value, dim: int = -1, descending: bool = Fals
     return _sort_pair(b, x, dim, descending)
 
 
-def _sort_stable(b: Builder, out: Any, x: Value, *, stable: Any = None, dim: int = -1, descending: bool = False) -> list[str]:
+def _sort_stable(
+    b: Builder, out: Any, x: Value, *, stable: Any = None, dim: int = -1, descending: bool = False
+) -> list[str]:
     return _sort_pair(b, x, dim, descending)
 
 
@@ -279,27 +302,49 @@ def _names(emit: Emit, *names: str) -> dict[str, Emit]:
 
 SHAPE_OPERATORS: dict[str, Emit] = {
     **_names(_reshape, "reshape.default", "view.default", "_unsafe_view.default", "view_copy.default"),
-    **_names(_flatten, "flatten.using_ints", "unflatten.int"), **_names(_transpose, "transpose.int"),
-    **_names(_swap_last, "t.default", "mT.default"), **_names(_permute, "permute.default"),
-    **_names(_unsqueeze, "unsqueeze.default"), **_names(_squeeze, "squeeze.default", "squeeze.dim", "squeeze.dims"),
+    **_names(_flatten, "flatten.using_ints", "unflatten.int"),
+    **_names(_transpose, "transpose.int"),
+    **_names(_swap_last, "t.default", "mT.default"),
+    **_names(_permute, "permute.default"),
+    **_names(_unsqueeze, "unsqueeze.default"),
+    **_names(_squeeze, "squeeze.default", "squeeze.dim", "squeeze.dims"),
     **_names(_expand, "expand.default"),
     **_names(lambda b, out, x, y: _flatten(b, out, x), "view_as.default", "reshape_as.default"),
-    **_names(_repeat, "repeat.default", "tile.default"), **_names(_repeat_interleave, "repeat_interleave.self_int"),
-    **_names(_concat, "cat.default", "concat.default"), **_names(_stack, "stack.default"),
+    **_names(_repeat, "repeat.default", "tile.default"),
+    **_names(_repeat_interleave, "repeat_interleave.self_int"),
+    **_names(_concat, "cat.default", "concat.default"),
+    **_names(_stack, "stack.default"),
     **_names(_split, "split.Tensor", "split.sizes", "split_with_sizes.default", "chunk.default"),
-    **_names(_unbind, "unbind.int"), **_names(_pad, "constant_pad_nd.default"),
-    **_names(_slice, "slice.Tensor"), **_names(_slice_scatter, "slice_scatter.default"), **_names(_copy, "copy.default"),
-    **_names(_flip, "flip.default"), **_names(_select, "select.int"), **_names(_index, "index.Tensor"),
-    **_names(_index_select, "index_select.default"), **_names(_embedding, "embedding.default"),
-    **_names(_gather, "gather.default"), **_names(_scatter("none"), "scatter.value", "scatter.src"),
-    **_names(_scatter("add"), "scatter_add.default"), **_names(_one_hot, "one_hot.default"),
-    **_names(_triangle(0), "tril.default"), **_names(_triangle(1), "triu.default"),
-    **_names(_topk, "topk.default"), **_names(_sort, "sort.default"), **_names(_sort_stable, "sort.stable"),
-    **_names(_argsort, "argsort.default"), **_names(_argsort_stable, "argsort.stable"),
-    **_names(_full, "full.default"), **_names(_new_full, "new_full.default"), **_names(_full_like, "full_like.default"),
-    **_names(_make(0), "zeros.default", "empty.memory_format"), **_names(_make(1), "ones.default"),
-    **_names(_make_new(0), "new_zeros.default", "new_empty.default"), **_names(_make_new(1), "new_ones.default"),
-    **_names(_make_like(0), "zeros_like.default", "empty_like.default"), **_names(_make_like(1), "ones_like.default"),
+    **_names(_unbind, "unbind.int"),
+    **_names(_pad, "constant_pad_nd.default"),
+    **_names(_slice, "slice.Tensor"),
+    **_names(_slice_scatter, "slice_scatter.default"),
+    **_names(_copy, "copy.default"),
+    **_names(_flip, "flip.default"),
+    **_names(_select, "select.int"),
+    **_names(_index, "index.Tensor"),
+    **_names(_index_select, "index_select.default"),
+    **_names(_embedding, "embedding.default"),
+    **_names(_gather, "gather.default"),
+    **_names(_scatter("none"), "scatter.value", "scatter.src"),
+    **_names(_scatter("add"), "scatter_add.default"),
+    **_names(_one_hot, "one_hot.default"),
+    **_names(_triangle(0), "tril.default"),
+    **_names(_triangle(1), "triu.default"),
+    **_names(_topk, "topk.default"),
+    **_names(_sort, "sort.default"),
+    **_names(_sort_stable, "sort.stable"),
+    **_names(_argsort, "argsort.default"),
+    **_names(_argsort_stable, "argsort.stable"),
+    **_names(_full, "full.default"),
+    **_names(_new_full, "new_full.default"),
+    **_names(_full_like, "full_like.default"),
+    **_names(_make(0), "zeros.default", "empty.memory_format"),
+    **_names(_make(1), "ones.default"),
+    **_names(_make_new(0), "new_zeros.default", "new_empty.default"),
+    **_names(_make_new(1), "new_ones.default"),
+    **_names(_make_like(0), "zeros_like.default", "empty_like.default"),
+    **_names(_make_like(1), "ones_like.default"),
     **_names(_scalar_tensor, "scalar_tensor.default"),
     **_names(_arange, "arange.default", "arange.start", "arange.start_step"),
 }

@@ -70,7 +70,9 @@ def _signature(node: fx.Node) -> str:
     """What decides whether a node has a kernel: its operator, its arguments, and what its operands are."""
     from .onnx_graph import describe
 
-    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda item: repr(describe(item.meta.get('val'))))}"
+    return (
+        f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda item: repr(describe(item.meta.get('val'))))}"
+    )
 
 
 def _opens(node: fx.Node) -> bool:
@@ -101,8 +103,8 @@ def _errors() -> tuple[type[Exception], ...]:
     """What ONNX Runtime raises for a model that it does not take."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    own = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
-    return (*own, RuntimeError, ValueError)
+    graph = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NoModel, state.NotImplemented)
+    return (*graph, state.InvalidArgument, state.RuntimeException, RuntimeError, ValueError)
 
 
 class _OnnxSegment:

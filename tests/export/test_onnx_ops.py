@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import camshaft.graph.ops  # noqa: F401  registers camshaft::*
 import pytest
 import torch
-from torch import Tensor, fx
-
-import camshaft.graph.ops  # noqa: F401  registers camshaft::*
 from camshaft.export.segment import Segment
 from camshaft.export.targets.base import LoweringError
 from camshaft.graph.serialize import find_target, graph_hash, graph_to_json
+from torch import Tensor, fx
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -60,6 +59,7 @@ X = In([1, "T", 8])
 Y = In([1, "T", 8])
 P = In([1, "T", 8], "positive")
 Q = In([1, "T", 4, 6])
+HEADS = In([1, 4, "T", 6])
 IDS = In([1, "T"], "ids")
 LONG = In([1, "T", 8], "ids")
 MASK = In([1, "T", 8], "bool")
@@ -105,7 +105,8 @@ CASES: list[Case] = [
     *[Case(f"aten.div.{n}", [X, Y if n == "Tensor_mode" else 0.3], {"rounding_mode": "floor"}) for n in
       ("Tensor_mode", "Scalar_mode")],
     Case("aten.floor_divide.default", [X, Y]), Case("aten.floor_divide.Scalar", [IDS, 3]),
-    Case("aten.floor_divide.default", [In([1, "T"], "ids"), -3], label="negative"), Case("aten.remainder.Scalar", [IDS, 3], label="ids"),
+    Case("aten.floor_divide.default", [In([1, "T"], "ids"), -3], label="negative"),
+    Case("aten.remainder.Scalar", [IDS, 3], label="ids"),
     *[Case("aten.pow.Tensor_Scalar", [P, e], label=str(e)) for e in (1, 2, 3.0, 0.5, -0.5, -1, 1.7)],
     Case("aten.pow.Tensor_Tensor", [P, Y]), Case("aten.pow.Scalar", [3.0, Y]), Case("aten.float_power.Tensor_Scalar", [P, 1.7]),
     Case("aten.clamp.default", [X, -0.5, 0.4]), Case("aten.clamp.default", [X, None, 0.4], label="max"),
@@ -127,7 +128,8 @@ CASES: list[Case] = [
     Case("aten.softplus.default", [X, 2.0], label="beta"), Case("aten.gelu.default", [X], {"approximate": "tanh"}, label="tanh"),
     Case("aten.silu.default", [In([1, "T", 8], "double")], label="double"),
     *[Case("camshaft.glu.default", [X, name], label=name) for name in ("silu", "gelu", "gelu_tanh", "relu")],
-    Case("camshaft.rms_norm.default", [X, W8, 1e-6, 0.0, True]), Case("camshaft.rms_norm.default", [X, W8, 1e-6, 1.0, False], label="offset"),
+    Case("camshaft.rms_norm.default", [X, W8, 1e-6, 0.0, True]),
+    Case("camshaft.rms_norm.default", [X, W8, 1e-6, 1.0, False], label="offset"),
     Case("camshaft.rms_norm.default", [Q, None, 1e-6, 0.0, True], label="plain"),
     Case("camshaft.add_rms_norm.default", [X, Y, W8, 1e-6, 1.0, False], results=2),
     Case("camshaft.add_rms_norm.default", [Q, Q, In([6], weight=True), 1e-6, 0.0, True], results=2, label="heads"),
@@ -139,35 +141,45 @@ CASES: list[Case] = [
     Case("aten.rms_norm.default", [X, [8], W8, 1e-6]), Case("aten.rms_norm.default", [X, [8]], label="plain"),
     Case("aten.layer_norm.default", [X, [8], W8, W8]), Case("aten.layer_norm.default", [X, [8], W8, None], label="no-bias"),
     Case("aten.layer_norm.default", [X, [8]], label="plain"), Case("aten.layer_norm.default", [Q, [4, 6]], label="two"),
-    Case("aten.group_norm.default", [In(["T", 8, 5]), 2, W8, W8]), Case("aten.group_norm.default", [In(["T", 8, 5]), 2], label="plain"),
+    Case("aten.group_norm.default", [In(["T", 8, 5]), 2, W8, W8]),
+    Case("aten.group_norm.default", [In(["T", 8, 5]), 2], label="plain"),
     Case("aten.batch_norm.default", [In(["T", 8, 5]), W8, W8, W8, In([8], "positive", True), False, 0.1, 1e-5, False]),
     *[Case(f"aten.{n}", [Q, [-1], True]) for n in ("mean.dim", "sum.dim_IntList", "amax.default", "amin.default")],
     *[Case(f"aten.{n}", [Q, [1, 2]], label="two") for n in ("mean.dim", "sum.dim_IntList", "amax.default", "amin.default")],
-    Case("aten.sum.dim_IntList", [MASK, [-1]], label="bool"), Case("aten.sum.dim_IntList", [X, None], {"dtype": torch.float64}, label="dtype"),
+    Case("aten.sum.dim_IntList", [MASK, [-1]], label="bool"),
+    Case("aten.sum.dim_IntList", [X, None], {"dtype": torch.float64}, label="dtype"),
     *[Case(f"aten.{n}.dim", [X, -1, True], results=2) for n in ("max", "min")],
     *[Case(f"aten.{n}.default", [X, -1, True], label="dim") for n in ("argmax", "argmin")],
     *[Case("aten.linalg_vector_norm.default", [X, order, [-1], True], label=str(order)) for order in (1, 2)],
     Case("aten.cumsum.default", [X, 1]), Case("aten.cumsum.default", [MASK, -1], label="bool"),
     Case("aten.softmax.int", [X, -1]), Case("aten.softmax.int", [X, 1, torch.float32], label="dtype"),
-    Case("aten._softmax.default", [X, -1, False]), Case("aten.log_softmax.int", [X, -1]), Case("aten._log_softmax.default", [X, -1, False]),
-    Case("aten.linear.default", [X, In([5, 8], weight=True)]), Case("aten.linear.default", [X, In([5, 8], weight=True), In([5], weight=True)], label="bias"),
+    Case("aten._softmax.default", [X, -1, False]), Case("aten.log_softmax.int", [X, -1]),
+    Case("aten._log_softmax.default", [X, -1, False]),
+    Case("aten.linear.default", [X, In([5, 8], weight=True)]),
+    Case("aten.linear.default", [X, In([5, 8], weight=True), In([5], weight=True)], label="bias"),
     Case("aten.linear.default", [In(["T", 8]), In([5, 8], weight=True), In([5], weight=True)], label="rows"),
     Case("aten.matmul.default", [X, In([8, 5])]), Case("aten.mm.default", [In(["T", 8]), In([8, 5])]),
-    Case("aten.bmm.default", [X, In([1, 8, "T"])]), Case("aten.addmm.default", [In([5]), In(["T", 8]), In([8, 5])], {"beta": 0.5, "alpha": 2.0}),
+    Case("aten.bmm.default", [X, In([1, 8, "T"])]),
+    Case("aten.addmm.default", [In([5]), In(["T", 8]), In([8, 5])], {"beta": 0.5, "alpha": 2.0}),
     Case("aten.baddbmm.default", [In([1, "T", 5]), X, In([1, 8, 5])]), Case("aten.einsum.default", ["btd,bsd->bts", [X, Y]]),
-    *[Case("aten.scaled_dot_product_attention.default", [In([1, 4, "T", 6]), In([1, 4, "T", 6]), In([1, 4, "T", 6]), None, 0.0, causal],
+    *[Case("aten.scaled_dot_product_attention.default", [HEADS, In([1, 4, "T", 6]), In([1, 4, "T", 6]), None, 0.0, causal],
            label=f"causal-{causal}") for causal in (True, False)],
     Case("aten.conv1d.default", [In([1, 8, "T"]), In([4, 8, 3], weight=True), In([4], weight=True), [1], [1]]),
     Case("aten.conv2d.default", [In(["T", 4, 9, 9]), In([6, 2, 3, 3], weight=True), None, [2, 1], [1, 1], [1, 1], 2]),
-    Case("aten.max_pool1d.default", [In(["T", 4, 9]), [3], [2], [1]]), Case("aten.max_pool2d.default", [In(["T", 4, 9, 9]), [3, 3]]),
-    Case("aten.adaptive_avg_pool1d.default", [In(["T", 4, 9]), [1]]), Case("aten.adaptive_avg_pool2d.default", [In(["T", 4, 9, 9]), [1, 1]]),
+    Case("aten.max_pool1d.default", [In(["T", 4, 9]), [3], [2], [1]]),
+    Case("aten.max_pool2d.default", [In(["T", 4, 9, 9]), [3, 3]]),
+    Case("aten.adaptive_avg_pool1d.default", [In(["T", 4, 9]), [1]]),
+    Case("aten.adaptive_avg_pool2d.default", [In(["T", 4, 9, 9]), [1, 1]]),
     # layouts
     Case("aten.reshape.default", [X, [1, -1, 2, 4]]), Case("aten.reshape.default", [Q, [1, T(), 24]], label="size"),
-    Case("aten.view.default", [X, [-1, 8]]), Case("aten._unsafe_view.default", [X, [-1, 8]]), Case("aten.view_copy.default", [X, [-1, 8]]),
+    Case("aten.view.default", [X, [-1, 8]]), Case("aten._unsafe_view.default", [X, [-1, 8]]),
+    Case("aten.view_copy.default", [X, [-1, 8]]),
     Case("aten.flatten.using_ints", [Q, 2, -1]), Case("aten.unflatten.int", [X, -1, [2, 4]]),
     Case("aten.view_as.default", [X, Y]), Case("aten.reshape_as.default", [X, In([1, "T", 4, 2])]),
-    Case("aten.transpose.int", [Q, 1, -2]), Case("aten.t.default", [In(["T", 8])]), Case("aten.permute.default", [Q, [0, -2, 1, 3]]),
-    Case("aten.unsqueeze.default", [X, -2]), Case("aten.squeeze.dim", [X, 0]), Case("aten.squeeze.dims", [In([1, 1, 8, "T"]), [0, 1]]),
+    Case("aten.transpose.int", [Q, 1, -2]), Case("aten.t.default", [In(["T", 8])]),
+    Case("aten.permute.default", [Q, [0, -2, 1, 3]]),
+    Case("aten.unsqueeze.default", [X, -2]), Case("aten.squeeze.dim", [X, 0]),
+    Case("aten.squeeze.dims", [In([1, 1, 8, "T"]), [0, 1]]),
     Case("aten.expand.default", [X, [3, -1, -1]]), Case("aten.expand.default", [In([1, 1, 8]), [2, T(), 8]], label="size"),
     Case("aten.expand.default", [X, [2, 1, -1, 8]], label="rank"), Case("aten.repeat.default", [X, [2, 1, 3]]),
     Case("aten.repeat.default", [X, [2, 1, 1, 1]], label="rank"), Case("aten.tile.default", [X, [2, 1, 1]]),
@@ -179,11 +191,14 @@ CASES: list[Case] = [
     Case("aten.unbind.int", [X, -1], results=8), Case("aten.constant_pad_nd.default", [X, [1, 2, 0, 3], 0.5]),
     *[Case("aten.slice.Tensor", [X, *rest], label=str(i)) for i, rest in enumerate((
         [2, 0, 5], [-1, 2, MAX], [-1, -3, MAX], [2, 1, MAX, 2], [2, None, -1], [1, -1, MAX], [0, 0, MAX], [1, 0, T()]))],
-    Case("aten.slice_scatter.default", [X, In([1, "T", 3]), 2, 2, 5]), Case("aten.slice_scatter.default", [X, Y, 2, 0, MAX], label="all"),
+    Case("aten.slice_scatter.default", [X, In([1, "T", 3]), 2, 2, 5]),
+    Case("aten.slice_scatter.default", [X, Y, 2, 0, MAX], label="all"),
     Case("aten.copy.default", [X, Y]), Case("aten.flip.default", [X, [1, -1]]), Case("aten.select.int", [X, -1, -2]),
-    Case("aten.index.Tensor", [Q, [None, None, In([3], "ids", True)]]), Case("aten.index_select.default", [X, -1, In([3], "ids", True)]),
+    Case("aten.index.Tensor", [Q, [None, None, In([3], "ids", True)]]),
+    Case("aten.index_select.default", [X, -1, In([3], "ids", True)]),
     Case("aten.embedding.default", [In([9, 8], weight=True), IDS, 1]), Case("aten.gather.default", [X, -1, LONG]),
-    Case("aten.scatter.value", [X, -1, In([1, "T", 1], "ids"), 1]), Case("aten.scatter.src", [X, -1, In([1, "T", 1], "ids"), In([1, "T", 1])]),
+    Case("aten.scatter.value", [X, -1, In([1, "T", 1], "ids"), 1]),
+    Case("aten.scatter.src", [X, -1, In([1, "T", 1], "ids"), In([1, "T", 1])]),
     Case("aten.scatter_add.default", [X, -1, LONG, Y]), Case("aten.one_hot.default", [IDS, 5]),
     Case("aten.tril.default", [In([1, "T", "T"])]), Case("aten.triu.default", [In([1, "T", "T"]), 1]),
     Case("aten.topk.default", [X, 3], results=2), Case("aten.topk.default", [X, 2, -1, False], results=2, label="smallest"),
@@ -193,9 +208,11 @@ CASES: list[Case] = [
     # tensors from sizes; X gives T
     Case("aten.full.default", [[2, 3], 0.5]), Case("aten.full.default", [[T(), 3], 1.5], label="size"),
     Case("aten.zeros.default", [[T(), 2]], {"dtype": torch.int64}), Case("aten.ones.default", [[T()]]),
-    Case("aten.new_full.default", [X, [T(), 2], 3.0]), Case("aten.new_zeros.default", [X, [2]]), Case("aten.new_ones.default", [X, [2]]),
+    Case("aten.new_full.default", [X, [T(), 2], 3.0]), Case("aten.new_zeros.default", [X, [2]]),
+    Case("aten.new_ones.default", [X, [2]]),
     Case("aten.full_like.default", [X, 2.0]), Case("aten.scalar_tensor.default", [2.5]),
-    Case("aten.arange.default", [T()]), Case("aten.arange.start", [1, 5]), Case("aten.arange.start_step", [0, 16, 2], {"dtype": torch.float32}),
+    Case("aten.arange.default", [T()]), Case("aten.arange.start", [1, 5]),
+    Case("aten.arange.start_step", [0, 16, 2], {"dtype": torch.float32}),
 ]  # fmt: skip
 UNINITIALIZED = {"aten.empty.memory_format", "aten.new_empty.default", "aten.empty_like.default"}
 

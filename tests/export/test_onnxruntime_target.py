@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import camshaft.graph.ops  # noqa: F401  registers camshaft::*
 import pytest
 import torch
-from torch import Tensor, fx
-
 from camshaft.export.partition import partition
 from camshaft.export.segment import Plan, Segment, SegmentStep
 from camshaft.export.targets.base import LoweringError
 from camshaft.models.huggingface import open_model, trace_decoder
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
+from torch import Tensor, fx
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -45,7 +45,10 @@ def random_inputs(segment: Segment, num_tokens: int) -> list[Tensor]:
     """Random activations and weights; two sampled rows; cos and sin carry every angle twice."""
     generator = torch.Generator().manual_seed(num_tokens)
     angles = {
-        arg["node"] for node in segment.nodes if node.get("target") == "camshaft.rope.default" for arg in node["args"][1:3]
+        arg["node"]
+        for node in segment.nodes
+        if node.get("target") == "camshaft.rope.default"
+        for arg in node["args"][1:3]
     }
     made = []
     for entry in segment.placeholders:
