@@ -204,7 +204,8 @@ def summary(worker: Worker, reference: Worker | None) -> dict[str, Any]:
 def table(entries: list[dict[str, Any]]) -> str:
     """The entries as Markdown."""
     lines = [
-        "| peer | threads | decode tok/s, median | min to max | spread | CPU ms per token | first token, ms | greedy equals Transformers |",
+        "| peer | threads | decode tok/s, median | min to max | spread | CPU ms per token | first token, ms "
+        "| greedy equals Transformers |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for entry in entries:
