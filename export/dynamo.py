@@ -286,7 +286,7 @@ class _Call:
         self._parameters = {role.name: i for i, role in enumerate(roles) if role.kind == "weight"}
         self._fixed = {name for name, value in values.items() if value.was_read}
         self._values = values
-        self._state: list[tuple[Any, ...]] = []
+        self._state: list[tuple[Any, ...]] | None = None
         self._runner: Runner | None = None
 
     def __call__(self, arguments: list[Any]) -> list[Any]:

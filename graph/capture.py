@@ -6,6 +6,7 @@ The module may live on the meta device: parameters and buffers become placeholde
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -20,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 _ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default)
 _CHECKS = (torch.ops.aten._assert_tensor_metadata.default, torch.ops.aten.sym_constrain_range_for_size.default)
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_OWN_CODE = (
+    *(os.path.join(os.path.dirname(_HERE), part, "") for part in ("graph", "export", "models", "passes", "camshaft")),
+    os.path.join(os.path.dirname(torch.__file__), ""),
+)
+"""Where a frame of the tracer's or the compiler's own lies; any other frame is the model's."""
 
 
 class CaptureError(ValueError):
@@ -116,8 +125,8 @@ def capture(
 
 def _bounds(limits: Any) -> tuple[int, int | None]:
     """Smallest and largest legal value of a varying size; None: no limit."""
-    upper = int(limits.upper) if limits.upper.is_finite and limits.upper < 1 << 62 else None
-    return (int(limits.lower) if limits.lower.is_finite else 0), upper
+    upper = int(limits.upper) if limits.upper.is_Integer and limits.upper < 1 << 62 else None
+    return (int(limits.lower) if limits.lower.is_Integer else 0), upper
 
 
 def _constant(value: Any) -> Any:
@@ -141,7 +150,7 @@ def _explain(name: str, error: BaseException) -> str:
     while trace is not None:
         frame = trace.tb_frame
         file = frame.f_code.co_filename
-        if "modeling_" in file or not any(part in file for part in ("torch", "camshaft", "graph/", "models/")):
+        if not file.startswith(("<", *_OWN_CODE)):
             owner = frame.f_locals.get("self")
             label = f"{type(owner).__name__}.{frame.f_code.co_name}" if owner is not None else frame.f_code.co_name
             where = f" in {label} ({file.rsplit('/', 1)[-1]}:{trace.tb_lineno})"
