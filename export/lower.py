@@ -43,7 +43,7 @@ def lower_plan(
     names = {segment.id: f"{segment.id}.{target.extension}" for segment in segments}
     workers = min(len(segments), (os.cpu_count() or 1) // 2)
     done = 0
-    if target.name == "inductor" and workers > 1:
+    if target.name == "inductor" and device.type == "cpu" and workers > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             jobs = {pool.submit(_lower_one, target_name, s, str(device), max_tokens): s for s in segments}

@@ -1,11 +1,17 @@
-"""inductor: a segment compiled ahead of time by AOTInductor, on CPU and CUDA. Weights are inputs; T varies."""
+"""inductor: a segment compiled ahead of time by Inductor. Weights are inputs; T varies.
+
+CPU: an AOTInductor package (C++). CUDA: a standalone artifact (Triton binaries behind a Python wrapper): it builds in a third
+of the time and needs no C++ compiler, whose own libstdc++, if it is linked statically, crashes an AOTInductor package.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +20,7 @@ from torch import Tensor, fx
 from ...graph import ops
 from ..segment import Segment
 from ..trace import export_segment
-from .base import Bound, LoweringError
+from .base import Bound, Lowered, LoweringError
 
 logger = logging.getLogger(__name__)
 
@@ -31,18 +37,34 @@ class _InductorSegment:
         return lambda *inputs: call([x if x.is_contiguous() else x.contiguous() for x in inputs] + bound)
 
 
+class _CudaSegment:
+    def __init__(self, artifact: Callable[..., Sequence[Tensor]]) -> None:
+        self._artifact = artifact
+
+    def bind(self, weights: Sequence[Tensor]) -> Bound:
+        bound = [weight.contiguous() for weight in weights]
+        call = self._artifact
+        return lambda *inputs: call(*[x if x.is_contiguous() else x.contiguous() for x in inputs], *bound)
+
+
 class InductorTarget:
-    """AOTInductor packages: C++ and OpenMP on the CPU, Triton and cuBLAS on CUDA."""
+    """Inductor's code: C++ and OpenMP on the CPU, Triton and cuBLAS on CUDA."""
 
     name = "inductor"
     extension = "pt2"
     min_tokens = 2
 
     def unavailable(self, device: torch.device) -> str | None:
-        if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
-            return "no C++ compiler was found; install g++ (Debian: apt-get install g++)"
-        if device.type == "cuda" and not torch.cuda.is_available():
-            return "torch sees no CUDA device"
+        if device.type == "cuda":
+            if not torch.cuda.is_available():
+                return "torch sees no CUDA device"
+            if importlib.util.find_spec("triton") is None:
+                return "Triton is not installed; install a CUDA build of torch, which brings it"
+            compilers = ("gcc", "clang", "cc")  # for Triton's launchers
+        else:
+            compilers = ("g++", "clang++", "c++")
+        if not any(shutil.which(compiler) for compiler in compilers):
+            return f"none of the compilers {', '.join(compilers)} was found; install g++ (Debian: apt-get install g++)"
         return None
 
     def versions(self) -> dict[str, str]:
@@ -57,6 +79,8 @@ class InductorTarget:
         buffer = io.BytesIO()
         try:
             exported = export_segment(segment, device, max_tokens, ops.inline)
+            if device.type == "cuda":
+                return _standalone(exported)
             aoti_compile_and_package(exported, package_path=buffer)
         except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
             raise LoweringError(
@@ -64,14 +88,33 @@ class InductorTarget:
             ) from error
         return buffer.getvalue()
 
-    def load(self, segment: Segment, engine: Path | None, device: torch.device) -> _InductorSegment:
+    def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
         from torch._inductor import aoti_load_package
+        from torch._inductor.standalone_compile import CompiledArtifact
 
         assert engine is not None
         try:
+            if device.type == "cuda":
+                return _CudaSegment(CompiledArtifact.load(path=str(engine), format="binary"))
             # single-threaded: otherwise a call waits on the host until the previous one has left the device
             return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
         except (RuntimeError, OSError) as error:
             raise LoweringError(
                 f"{engine.name} cannot be opened ({str(error).splitlines()[0]}); build the engine again here"
             ) from error
+
+
+def _standalone(exported: torch.export.ExportedProgram) -> bytes:
+    """Compiles a segment for CUDA in this process, without worker processes: their start takes longer than the work."""
+    import torch._inductor
+
+    graph_module = exported.graph_module
+    for node in graph_module.graph.nodes:
+        if "val" in node.meta:
+            node.meta["example_value"] = node.meta["val"]  # where Inductor looks for the sizes that vary
+    inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    with torch._inductor.config.patch(compile_threads=1), tempfile.TemporaryDirectory(prefix="camshaft-") as directory:
+        artifact = torch._inductor.standalone_compile(graph_module, inputs, dynamic_shapes="from_graph")
+        file = Path(directory) / "segment"
+        artifact.save(path=str(file), format="binary")
+        return file.read_bytes()
