@@ -139,7 +139,7 @@ def _to_program(
 ) -> tuple[Program, list[_Role], dict[str, _ParameterValue]]:
     """The Program of a functional graph: parameters are weights, other tensors inputs, sizes are read from tensors."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))  # type: ignore[arg-type]
+    graph.output(graph.graph_copy(graph_module.graph, {}))
     roles: list[_Role] = []
     inputs: list[InputSpec] = []
     weights, values = WeightMap(), {}

@@ -98,7 +98,7 @@ def rewrite(program: Program, passes: Sequence[GraphPass] | None = None, dump_di
     symbols = _symbols(program)
     leaves: list[Leaf] = []
     tensors: list[fx.Node] = []
-    for index, item in enumerate(output.args[0]):  # type: ignore[arg-type]
+    for index, item in enumerate(output.args[0]):
         if not isinstance(item, fx.Node):
             leaves.append(Leaf("constant", item))
             continue
@@ -140,7 +140,7 @@ def _symbols(program: Program) -> dict[Any, tuple[int, int]]:
 
 def _sharing(program: Program) -> list[set[Any]]:
     """For each output, what it may share memory with: names of inputs and weights, and indices of earlier outputs."""
-    roots = [_root(item) if isinstance(item, fx.Node) else None for item in _output(program).args[0]]  # type: ignore[union-attr]
+    roots = [_root(item) if isinstance(item, fx.Node) else None for item in _output(program).args[0]]
     shared: list[set[Any]] = []
     for index, root in enumerate(roots):
         names = {root.name} if root is not None and root.op == "placeholder" else set()

@@ -98,11 +98,11 @@ def _keep_rows(program: Program, node: fx.Node) -> None:
     flat = node.args[0]
     if not is_call(flat, *VIEWS) or value(node).dim() != 2:
         return
-    rows = flat.args[0]  # type: ignore[union-attr]
-    before = value(rows).shape  # type: ignore[arg-type]
+    rows = flat.args[0]
+    before = value(rows).shape
     wanted = [str(size) for size in (*before[:-1], value(node).shape[-1])]
     ends = [user for user in node.users if is_call(user, *VIEWS) and [str(s) for s in value(user).shape] == wanted]
-    if not ends or before[-1] != value(flat).shape[-1]:  # type: ignore[arg-type]
+    if not ends or before[-1] != value(flat).shape[-1]:
         return
     with program.graph.inserting_before(node):
         new = call(program, aten.linear.default, rows, *node.args[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -100,6 +101,7 @@ def test_inductor() -> None:
             torch.testing.assert_close(actual, expected.detach(), rtol=1e-4, atol=1e-5)  # fp32, another order of sums
 
 
+@functools.cache
 def _structured(target: str = "eager") -> tuple[Structure, CompiledModule, dict[str, Any]]:
     module = Structure()
     example = {"pair": {"a": torch.randn(3, 4), "b": torch.randn(4)}, "scale": 3, "bias": torch.randn(4)}

@@ -11,9 +11,14 @@ from graph_cases import captured, rows
 from torch import Tensor, nn
 
 
-@pytest.fixture
-def program() -> Program:
+@pytest.fixture(scope="module")
+def linear() -> Program:
     return captured(nn.Linear(4, 4), rows(4))
+
+
+@pytest.fixture
+def program(linear: Program) -> Program:
+    return linear.clone()
 
 
 def test_legal(program: Program) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ class Changed(Nothing):
     numerics = "changed"
 
 
+@functools.cache
+def _norm() -> Program:
+    return captured(LlamaNorm(8), rows(8))
+
+
 def test_pipelines_are_in_the_order_of_the_stages() -> None:
     order = list(Stage)
     for passes in (module_passes(), decoder_passes(block_size=16)):
@@ -50,7 +56,7 @@ def test_pipelines_are_in_the_order_of_the_stages() -> None:
 
 
 def test_records_and_original() -> None:
-    program = captured(LlamaNorm(8), rows(8))
+    program = _norm()
     seen = []
     result = PassManager(module_passes(), on_pass=seen.append).run(program)
     assert list(result.history) == seen
@@ -63,19 +69,19 @@ def test_records_and_original() -> None:
 
 def test_broken_pass_is_named() -> None:
     with pytest.raises(VerificationError, match="after broken: neg"):
-        PassManager([Nothing(), Broken()]).run(captured(LlamaNorm(8), rows(8)))
+        PassManager([Nothing(), Broken()]).run(_norm())
 
 
 def test_comparison_ends_where_the_meaning_changes() -> None:
     compared = []
     manager = PassManager([Nothing(), Changed(), Nothing()], compare=lambda a, b: compared.append((a, b)) or 0.5)
-    errors = [record.max_error for record in manager.run(captured(LlamaNorm(8), rows(8))).history]
+    errors = [record.max_error for record in manager.run(_norm()).history]
     assert errors == [0.5, None, None]
     assert len(compared) == 1
 
 
 def test_dump(tmp_path: Path) -> None:
-    PassManager([Nothing(), Nothing()], dump_dir=tmp_path / "dump").run(captured(LlamaNorm(8), rows(8)))
+    PassManager([Nothing(), Nothing()], dump_dir=tmp_path / "dump").run(_norm())
     assert sorted(p.name for p in (tmp_path / "dump").iterdir()) == [
         "00-capture.txt",
         "01-nothing.txt",

@@ -114,7 +114,7 @@ class Sdpa(nn.Module):
         return F.scaled_dot_product_attention(q, q, q, attn_mask=mask[None, None])
 
 
-def _window(module: nn.Module, make_inputs: object = None, **kwargs: object) -> int:
+def _window(module: nn.Module) -> int:
     program = check(MatchAttention(), module, rows(8), matches=1, tolerance=TOLERANCE)
     (node,) = [n for n in program.graph.nodes if n.target == ATTENTION]
     return node.args[7]
@@ -127,7 +127,14 @@ def test_causal(module: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("module", "window"),
-    [(Window(5), 5), (Window(200), 200), (Table(16, 128), 16), (Table(40, 128), 40), (Table(100, 128), 100), (Sdpa("window"), 5)],
+    [
+        (Window(5), 5),
+        (Window(200), 200),
+        (Table(16, 128), 16),
+        (Table(40, 128), 40),
+        (Table(100, 128), 100),
+        (Sdpa("window"), 5),
+    ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
 def test_windows(module: nn.Module, window: int) -> None:
@@ -140,7 +147,9 @@ def test_alibi_slopes() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [Both(), WrongAxis(), Squared(), Sdpa("full"), Sdpa("shorter"), Window(9000)], ids=lambda m: f"{type(m).__name__}"
+    "module",
+    [Both(), WrongAxis(), Squared(), Sdpa("full"), Sdpa("shorter"), Window(9000)],
+    ids=lambda m: f"{type(m).__name__}",
 )
 def test_near_misses(module: nn.Module) -> None:
     check(MatchAttention(), module, rows(8), matches=0)
@@ -153,7 +162,9 @@ def test_mask_of_the_caller() -> None:
     check(MatchAttention(), Given(), inputs, matches=0)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_batch_that_varies_and_fixed_rows(batch: int) -> None:
+def test_batch_that_varies_and_fixed_rows() -> None:
     check(MatchAttention(), Written(), lambda size: (torch.randn(size, 6, 8),), matches=1, tolerance=TOLERANCE)
-    check(MatchAttention(), Written(), lambda size: (torch.randn(batch, size, 8),), matches=1, tolerance=TOLERANCE)
+
+
+def test_fixed_batch() -> None:
+    check(MatchAttention(), Written(), lambda size: (torch.randn(3, size, 8),), matches=1, tolerance=TOLERANCE)

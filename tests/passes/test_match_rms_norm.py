@@ -115,10 +115,9 @@ def test_two_norms_in_a_row() -> None:
     check(MatchRmsNorm(), nn.Sequential(LlamaNorm(8), GemmaNorm(8)), rows(8), matches=2, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", [Mixed, OverTokens, Kept])
-def test_near_misses(form: type[LlamaNorm], dtype: torch.dtype) -> None:
-    check(MatchRmsNorm(), form(8, dtype), rows(8, dtype=dtype), matches=0)
+def test_near_misses(form: type[LlamaNorm]) -> None:
+    check(MatchRmsNorm(), form(8, torch.bfloat16), rows(8, dtype=torch.bfloat16), matches=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,7 +23,10 @@ class Masked(nn.Module):
         return torch.ops.camshaft.attention(q, q, q, mask, None, None, 0.5, self.window, 0.0)
 
 
-@pytest.mark.parametrize(("kind", "size", "given", "window"), [("causal", 0, 0, 0), ("sliding", 5, 0, 5), ("sliding", 5, 3, 3), ("causal", 0, 4, 4)])
+@pytest.mark.parametrize(
+    ("kind", "size", "given", "window"),
+    [("causal", 0, 0, 0), ("sliding", 5, 0, 5), ("sliding", 5, 3, 3), ("causal", 0, 4, 4)],
+)
 def test_mask_becomes_window(kind: str, size: int, given: int, window: int) -> None:
     program = captured(Masked(kind, size, given), rows(8))
     result = ResolveMasks()(program)
