@@ -190,7 +190,7 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
             raise ValueError(f"{name} is {number}; allowed: {low} or more")
     if max_sequences > max_batch_tokens:
         raise ValueError(
-            f"max_sequences is {max_sequences}, more than max_batch_tokens ({max_batch_tokens}); every sequence needs a token a step"
+            f"max_sequences is {max_sequences}, more than max_batch_tokens ({max_batch_tokens}); each needs a token a step"
         )
     if request.target != "auto":
         reason = get_target(request.target).unavailable(device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..graph import ops as _ops  # noqa: F401  registers camshaft::*
 from ..graph.dump import target_text
 from ..graph.program import Program
 from ..graph.serialize import graph_hash, graph_to_json

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import camshaft
 import pytest
 import torch
-from camshaft import SamplingParams
 from camshaft.export.artifact import is_artifact
 from camshaft.export.engine import Engine
 from families import random_model, tiny_config
+
+import camshaft
+from camshaft import SamplingParams
 
 LIMITS = {"max_seq_len": 64, "max_batch_tokens": 32, "max_sequences": 4, "block_size": 8, "device": "cpu"}
 

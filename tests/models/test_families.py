@@ -36,7 +36,7 @@ def test_greedy_tokens_equal_eager(name: str, tmp_path: Path) -> None:
     loaded = camshaft.load(tmp_path / "engine")
     prompts = _prompts(32)
     limits = [6 + index % 5 for index in range(32)]
-    cache_bytes = sum(group.bytes_per_block for group in loaded.cache_groups) * 16
+    cache_bytes = sum(group.bytes_per_block for group in loaded.cache_groups) * 11
     with camshaft.LLM(loaded, kv_cache_bytes=cache_bytes, policy="max_utilization") as llm:
         params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in limits]
         outputs = llm.generate(prompts, params)
