@@ -117,8 +117,9 @@ def peers_of(args: argparse.Namespace) -> list[Peer]:
         Peer(name="camshaft", python=sys.executable, script="run_camshaft.py", variant=args.target),
         Peer(name=REFERENCE, python=sys.executable, script="run_transformers.py"),
         Peer(name="onnxruntime-genai", python=args.genai_python, script="run_genai.py", variant="fp32"),
-        Peer(name="llama.cpp", python=args.llamacpp_python, script="run_llamacpp.py", variant="f32"),
-        Peer(name="llama.cpp f16", python=args.llamacpp_python, script="run_llamacpp.py", variant="f16"),
+        Peer(name="llama.cpp", python=args.llamacpp_python, script="run_llamacpp.py", variant="f32/f32"),
+        Peer(name="llama.cpp f16 cache", python=args.llamacpp_python, script="run_llamacpp.py", variant="f32/f16"),
+        Peer(name="llama.cpp f16", python=args.llamacpp_python, script="run_llamacpp.py", variant="f16/f16"),
     ]
     names = [peer.name for peer in peers]
     wanted = args.peers.split(",") if args.peers else names

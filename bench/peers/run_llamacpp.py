@@ -1,9 +1,10 @@
-"""Worker of `bench/cpu_peers.py`: llama.cpp by the C functions of llama-cpp-python; the variant is "f32" or "f16".
+"""Worker of `bench/cpu_peers.py`: llama.cpp by the C functions of llama-cpp-python; the variant is "WEIGHTS/CACHE" in f32 or f16.
 
     CMAKE_BUILD_PARALLEL_LEVEL=1 pip install llama-cpp-python gguf
 
 The loop calls llama_decode and takes the argmax of its logits, with nothing of the Python package's own sampling around it.
-The KV cache has the dtype of the weights, which the variant names.
+With an f16 cache everything is as llama.cpp has it by default; with an f32 cache its flash attention, which computes in f16
+and is slow on such a cache, is off, and everything is in f32.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CONTEXT_TOKENS = 2048
 
 
 def open_context(lib: Any, path: str, options: Options) -> Any:
-    """The model's context on the CPU: batch of one sequence, KV cache in the dtype of the weights."""
+    """The model's context on the CPU, its KV cache as the variant says."""
     model_params = lib.llama_model_default_params()
     model_params.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(path.encode(), model_params)
@@ -30,8 +31,9 @@ def open_context(lib: Any, path: str, options: Options) -> Any:
     params = lib.llama_context_default_params()
     params.n_ctx = CONTEXT_TOKENS
     params.n_threads = params.n_threads_batch = options.threads
-    kind = lib.GGML_TYPE_F32 if options.variant == "f32" else lib.GGML_TYPE_F16
-    params.type_k = params.type_v = kind
+    if options.variant.endswith("/f32"):
+        params.type_k = params.type_v = lib.GGML_TYPE_F32
+        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = lib.llama_init_from_model(model, params)
     if not context:
         raise RuntimeError(f"llama.cpp makes no context of {CONTEXT_TOKENS} tokens for {path}; see its output above")
@@ -48,9 +50,12 @@ def load(options: Options) -> tuple[Generate, dict[str, Any]]:
         raise MissingPeerError(f"{error} in {sys.executable}; pip install llama-cpp-python gguf") from error
     from to_gguf import write_gguf
 
-    path = options.work / f"llamacpp-{options.variant}.gguf"
+    weights, _, cache = options.variant.partition("/")
+    if cache not in ("f32", "f16"):
+        raise ValueError(f"variant is {options.variant}; allowed: f32 or f16 for the weights, a slash, f32 or f16")
+    path = options.work / f"llamacpp-{weights}.gguf"
     if not path.is_file():
-        write_gguf(options.model, path, options.variant)
+        write_gguf(options.model, path, weights)
     lib.llama_backend_init()
     context = open_context(lib, str(path), options)
     model = lib.llama_get_model(context)
@@ -77,7 +82,8 @@ def load(options: Options) -> tuple[Generate, dict[str, Any]]:
     info = {
         "version": version("llama-cpp-python"),
         "gguf": version("gguf"),
-        "dtype": options.variant,
+        "dtype": weights,
+        "cache_dtype": cache,
         "system": lib.llama_print_system_info().decode(),
         "threads": options.threads,
     }
