@@ -128,7 +128,8 @@ def write_safetensors(path: Path, weights: Mapping[str, Weight]) -> None:
             tensor = weight.load()
             if tuple(tensor.shape) != weight.shape or tensor.dtype != weight.dtype:
                 raise ValueError(
-                    f"weight {name!r} was read as {list(tensor.shape)} {tensor.dtype}, declared as {list(weight.shape)} {weight.dtype}"
+                    f"weight {name!r} was read as {list(tensor.shape)} {tensor.dtype}, "
+                    f"declared as {list(weight.shape)} {weight.dtype}"
                 )
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
@@ -273,7 +274,8 @@ def check_fit(manifest: Manifest) -> None:
     fix = "build it again here, or load it with rebuild=True, which lowers it again from its own graphs"
     if build.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"the engine was built for {manifest.hardware.get('name', 'a GPU')}; torch sees no CUDA device here: {fix} (target on the CPU)"
+            f"the engine was built for {manifest.hardware.get('name', 'a GPU')}, and torch sees no CUDA device here: "
+            "compile the model again for the CPU, with camshaft.compile(model, device='cpu')"
         )
     device = torch.device(build.device)
     reason = get_target(build.target).unavailable(device)

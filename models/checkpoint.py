@@ -63,7 +63,7 @@ def read_header(file: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
     try:
         with safe_open(file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}
+            slices = {name: handle.get_slice(name) for name in list(handle.keys())}
             return {name: (tuple(s.get_shape()), _DTYPES[s.get_dtype()]) for name, s in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}); download or write it again") from error

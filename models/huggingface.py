@@ -225,7 +225,9 @@ def make_fake(module: nn.Module) -> FakeTensorMode:
 def _refuse_recurrent(name: str, model: Any) -> None:
     """Raises CaptureError for a model that keeps a state beside keys and values, naming the module that does."""
     layer_types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    foreign = sorted({kind for kind in layer_types if any(word in kind for word in ("linear", "recurrent", "mamba", "conv"))})
+    foreign = sorted(
+        {kind for kind in layer_types if any(word in kind for word in ("linear", "recurrent", "mamba", "conv"))}
+    )
     if not getattr(model, "_is_stateful", False) and not foreign:
         return
     mixers = [type(m).__name__ for m in model.modules() if any(isinstance(child, nn.Conv1d) for child in m.children())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from torch import fx
@@ -14,7 +14,7 @@ from ..graph.capture import drop_unused_inputs
 from ..graph.program import Program
 
 
-class Stage(str, Enum):
+class Stage(StrEnum):
     """The stages of the pipeline, in order."""
 
     CANONICALIZE = "canonicalize"

@@ -1,11 +1,11 @@
 """The blocks of one cache group: who holds them, what they contain, which one is reused next. Imports no torch.
 
-    allocate()         release() to 0 holders
-  plain free  ---->  in use  ---->  plain free      when the content has no name (not full, or a duplicate)
-                                    cached free     when register() has named the content
-  cached free ---->  in use         acquire(), found by its hash
-  cached free ---->  in use         allocate(), only when no plain block is left: the least recently released
-                                    one forgets its content first
+  allocate()         release() to 0 holders
+plain free  ---->  in use  ---->  plain free      when the content has no name (not full, or a duplicate)
+                                  cached free     when register() has named the content
+cached free ---->  in use         acquire(), found by its hash
+cached free ---->  in use         allocate(), only when no plain block is left: the least recently released
+                                  one forgets its content first
 """
 
 from __future__ import annotations

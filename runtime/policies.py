@@ -1,10 +1,10 @@
 """When a waiting request may start: the three admission policies. Imports no torch.
 
-    policy               starts a request when                              preempts   for
-    guaranteed_no_evict  the blocks of its longest possible run are free    never      steady latency (default)
-                         beside those of all running ones
-    max_utilization      the blocks of its present tokens are free          yes        throughput
-    static_batch         the batch before has wholly finished               never      comparison only
+policy               starts a request when                              preempts   for
+guaranteed_no_evict  the blocks of its longest possible run are free    never      steady latency (default)
+                     beside those of all running ones
+max_utilization      the blocks of its present tokens are free          yes        throughput
+static_batch         the batch before has wholly finished               never      comparison only
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 
+from families import random_model, tiny_config
+
 import camshaft
 from camshaft import SamplingParams
-from families import random_model, tiny_config
 
 
 def test_two_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
@@ -23,7 +24,10 @@ def test_two_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
             tail = [rng.randrange(3, 128) for _ in range(rng.randrange(1, 10))]
             prompt = (rng.choice(heads) if rng.random() < 0.5 else []) + tail
             params = SamplingParams(
-                temperature=rng.choice((0.0, 1.0)), max_tokens=rng.randrange(1, 12), seed=rng.randrange(1 << 30), ignore_eos=True
+                temperature=rng.choice((0.0, 1.0)),
+                max_tokens=rng.randrange(1, 12),
+                seed=rng.randrange(1 << 30),
+                ignore_eos=True,
             )
             handles.append((prompt, params, llm.generate_async(prompt, params)))
             if rng.random() < 0.1:

@@ -9,13 +9,14 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import camshaft
 import pytest
 import torch
 from camshaft.graph.capture import CaptureError
 from camshaft.models.huggingface import open_model
 from families import random_model, tiny_config
 from safetensors.torch import load_file, save_file
+
+import camshaft
 
 LIMITS = {"max_seq_len": 64, "max_batch_tokens": 32, "max_sequences": 4, "target": "eager", "device": "cpu"}
 
@@ -123,8 +124,15 @@ def test_models_that_cannot_be_taken_name_what_stands_in_the_way() -> None:
     import transformers
 
     chunked = transformers.Llama4TextConfig(
-        vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-        head_dim=16, num_local_experts=4, max_position_embeddings=256,
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        head_dim=16,
+        num_local_experts=4,
+        max_position_embeddings=256,
     )
     with pytest.raises(CaptureError, match="chunked_attention|chunked_overlay"):
         camshaft.compile(random_model(chunked), **LIMITS)
@@ -171,7 +179,8 @@ def test_peak_memory_of_a_build(tmp_path: Path) -> None:
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[1])
     """)
     subprocess.run([sys.executable, "-c", make, str(tmp_path / "model")], check=True, timeout=300)
-    out = subprocess.check_output([sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "engine")], text=True, timeout=300)
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "engine")]
+    out = subprocess.check_output(command, text=True, timeout=300)
     before, peak, weights = map(int, out.split()[-3:])
     assert weights > 0.9e9
     assert peak - before < 1.3 * weights
