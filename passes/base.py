@@ -68,11 +68,6 @@ class GraphPass:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def users_of(node: fx.Node) -> list[fx.Node]:
-    """The users of a node as a list."""
-    return list(node.users)
-
-
 def only_user(node: fx.Node) -> fx.Node | None:
     """The single user of a node, or None where there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None

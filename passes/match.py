@@ -33,22 +33,9 @@ def through_casts(node: Any) -> Any:
     return node
 
 
-def through_layout(node: Any, *, casts: bool = False) -> Any:
-    """The value before copies that keep the shape (and, if asked, casts)."""
-    targets = COPIES + (CASTS if casts else ())
-    while is_call(node, *targets):
-        node = node.args[0]
-    return node
-
-
 def value(node: fx.Node) -> torch.Tensor:
     """The example value (a fake or meta tensor) of a node."""
     return node.meta["val"]
-
-
-def dim(node: fx.Node, index: int) -> Any:
-    """One size of a node's value."""
-    return value(node).shape[index]
 
 
 def static(size: Any) -> int | None:
@@ -89,8 +76,3 @@ def fake_mode(tree: Any) -> FakeTensorMode | None:
     found: list[FakeTensorMode] = []
     torch.utils._pytree.tree_map_only(FakeTensor, lambda t: found.append(t.fake_mode), tree)
     return found[0] if found else None
-
-
-def replace(old: fx.Node, new: fx.Node) -> None:
-    """Puts `new` in the place of every use of `old`."""
-    old.replace_all_uses_with(new)

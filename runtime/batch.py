@@ -20,23 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..export.engine import CacheGroupSpec
 from .plan import StepPlan
 from .request import Request
 
 _ALIGN = 32
 """Elements between the beginnings of packed tensors, so that each is 128-byte aligned on the device."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheGroupSpec:
-    """The KV storage of the layers that share one block table."""
-
-    window: int
-    """Sliding window in tokens, 0: full attention."""
-    bytes_per_block: int
-    """Bytes of one block over all of the group's layers."""
-    num_layers: int
-    """Layers in the group."""
 
 
 @dataclass(slots=True)
