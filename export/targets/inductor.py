@@ -1,7 +1,7 @@
 """inductor: a segment compiled ahead of time by Inductor. Weights are inputs; T varies.
 
-CPU: an AOTInductor package (C++). CUDA: a standalone artifact (Triton binaries behind a Python wrapper): it builds in a third
-of the time and needs no C++ compiler, whose own libstdc++, if it is linked statically, crashes an AOTInductor package.
+CPU: an AOTInductor package (C++). CUDA: Inductor's Python wrapper with its Triton binaries (`inductor_source`): it builds in a
+third of the time and needs no C++ compiler, whose own libstdc++, if it is linked statically, crashes an AOTInductor package.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import importlib.util
 import io
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from ...graph import ops
 from ..segment import Segment
 from ..trace import export_segment
 from .base import Bound, Lowered, LoweringError
+from .inductor_source import Compiled, aligned, compile_archive, open_archive
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ class _InductorSegment:
         return lambda *inputs: call([x if x.is_contiguous() else x.contiguous() for x in inputs] + bound)
 
 
-class _CudaSegment:
-    def __init__(self, artifact: Callable[..., Sequence[Tensor]]) -> None:
-        self._artifact = artifact
+class _SourceSegment:
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
-        bound = [weight.contiguous() for weight in weights]
-        call = self._artifact
-        return lambda *inputs: call(*[x if x.is_contiguous() else x.contiguous() for x in inputs], *bound)
+        bound = [aligned(weight) for weight in weights]
+        call = self._compiled
+        return lambda *inputs: call([*map(aligned, inputs), *bound])
 
 
 class InductorTarget:
@@ -80,7 +80,7 @@ class InductorTarget:
         try:
             exported = export_segment(segment, device, max_tokens, ops.inline)
             if device.type == "cuda":
-                return _standalone(exported)
+                return compile_archive(exported)
             aoti_compile_and_package(exported, package_path=buffer)
         except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
             raise LoweringError(
@@ -90,31 +90,14 @@ class InductorTarget:
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
         from torch._inductor import aoti_load_package
-        from torch._inductor.standalone_compile import CompiledArtifact
 
         assert engine is not None
         try:
             if device.type == "cuda":
-                return _CudaSegment(CompiledArtifact.load(path=str(engine), format="binary"))
+                return _SourceSegment(open_archive(engine, device))
             # single-threaded: otherwise a call waits on the host until the previous one has left the device
             return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise LoweringError(
                 f"{engine.name} cannot be opened ({str(error).splitlines()[0]}); build the engine again here"
             ) from error
-
-
-def _standalone(exported: torch.export.ExportedProgram) -> bytes:
-    """Compiles a segment for CUDA in this process, without worker processes: their start takes longer than the work."""
-    import torch._inductor
-
-    graph_module = exported.graph_module
-    for node in graph_module.graph.nodes:
-        if "val" in node.meta:
-            node.meta["example_value"] = node.meta["val"]  # where Inductor looks for the sizes that vary
-    inputs = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-    with torch._inductor.config.patch(compile_threads=1), tempfile.TemporaryDirectory(prefix="camshaft-") as directory:
-        artifact = torch._inductor.standalone_compile(graph_module, inputs, dynamic_shapes="from_graph")
-        file = Path(directory) / "segment"
-        artifact.save(path=str(file), format="binary")
-        return file.read_bytes()
