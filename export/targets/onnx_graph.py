@@ -35,6 +35,7 @@ _ELEMENT_NAMES = {
     torch.uint8: "UINT8",
     torch.bool: "BOOL",
 }
+_HALF_NAMES = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
 
 class UnsupportedError(Exception):
@@ -61,15 +62,17 @@ Operand = Value | Size | bool | int | float
 """What an operator may be given in place of a tensor."""
 
 
-def element_type(dtype: torch.dtype) -> int:
-    """The ONNX element type of a torch dtype. Raises UnsupportedError for one that the target does not compute in."""
+def element_type(dtype: torch.dtype, *, halves: bool = False) -> int:
+    """The ONNX element type of a torch dtype; `halves` allows 16-bit floats, in which ONNX Runtime's CPU kernels do not compute.
+
+    Raises UnsupportedError for one that is not allowed.
+    """
     import onnx
 
-    if dtype not in _ELEMENT_NAMES:
-        raise UnsupportedError(
-            f"dtype {dtype} (allowed: {', '.join(str(d).removeprefix('torch.') for d in _ELEMENT_NAMES)})"
-        )
-    return int(onnx.TensorProto.DataType.Value(_ELEMENT_NAMES[dtype]))
+    names = {**_ELEMENT_NAMES, **_HALF_NAMES} if halves else _ELEMENT_NAMES
+    if dtype not in names:
+        raise UnsupportedError(f"dtype {dtype} (allowed: {', '.join(str(d).removeprefix('torch.') for d in names)})")
+    return int(onnx.TensorProto.DataType.Value(names[dtype]))
 
 
 def static(size: int | None, what: str) -> int:
@@ -80,9 +83,10 @@ def static(size: int | None, what: str) -> int:
 
 
 class Builder:
-    """Collects the nodes of one ONNX graph; equal nodes are written once."""
+    """Collects the nodes of one ONNX graph; equal nodes are written once. halves: 16-bit floats are legal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, halves: bool = False) -> None:
+        self.halves = halves
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self._known: dict[Any, list[str]] = {}
@@ -113,6 +117,10 @@ class Builder:
         self._count += 1
         return f"t{self._count}"
 
+    def element_type(self, dtype: torch.dtype) -> int:
+        """The ONNX element type of a torch dtype in this graph. Raises UnsupportedError."""
+        return element_type(dtype, halves=self.halves)
+
     def constant(self, values: Sequence[Any] | float, dtype: torch.dtype) -> str:
         """A small constant stored in the graph: a scalar, or a vector of a sequence."""
         from onnx import helper
@@ -123,7 +131,7 @@ class Builder:
         if key not in self._constants:
             name = f"c{len(self._constants)}"
             kept = [int(v) if not dtype.is_floating_point else float(v) for v in content]
-            self.initializers.append(helper.make_tensor(name, element_type(dtype), shape, kept))
+            self.initializers.append(helper.make_tensor(name, self.element_type(dtype), shape, kept))
             self._constants[key] = name
         return self._constants[key]
 
@@ -136,10 +144,10 @@ class Builder:
         if isinstance(value, Value):
             if value.dtype == dtype:
                 return value.name
-            return self.op("Cast", value, to=element_type(dtype))
+            return self.op("Cast", value, to=self.element_type(dtype))
         if isinstance(value, Size):
             scalar = self.op("Squeeze", value, self.ints(0))
-            return scalar if dtype == torch.int64 else self.op("Cast", scalar, to=element_type(dtype))
+            return scalar if dtype == torch.int64 else self.op("Cast", scalar, to=self.element_type(dtype))
         return self.constant(value, dtype)
 
     def sizes(self, values: Sequence[int | Size]) -> str:
@@ -185,7 +193,7 @@ def emit(builder: Builder, table: dict[str, Emit], node: fx.Node, values: dict[f
         raise UnsupportedError(f"operator {name}")
     kwargs = {key: fx.node.map_arg(item, values.__getitem__) for key, item in node.kwargs.items()}
     for value in output if isinstance(output, tuple) else (output,):
-        element_type(value.dtype)
+        builder.element_type(value.dtype)
     try:
         bound = inspect.signature(table[name]).bind(builder, output, *args, **kwargs)
     except TypeError as error:

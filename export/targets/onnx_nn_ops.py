@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .onnx_graph import MICROSOFT, Builder, Emit, UnsupportedError, Value, element_type, static
+from .onnx_graph import MICROSOFT, Builder, Emit, UnsupportedError, Value, static
 
 
 # -------------------------------------------------------------------------------------------------------------- norms
 def _ones(b: Builder, shape: Sequence[int], dtype: torch.dtype, fill: float = 1.0) -> str:
     from onnx import helper
 
-    value = helper.make_tensor("value", element_type(dtype), [1], [fill])
+    value = helper.make_tensor("value", b.element_type(dtype), [1], [fill])
     return b.op("ConstantOfShape", b.ints(*shape), value=value)
 
 

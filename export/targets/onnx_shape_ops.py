@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .onnx_graph import Builder, Emit, Operand, Size, UnsupportedError, Value, element_type
+from .onnx_graph import Builder, Emit, Operand, Size, UnsupportedError, Value
 
 _MAX = 2**63 - 1
 
@@ -254,7 +254,7 @@ def _filled(b: Builder, shape: str, value: float, dtype: torch.dtype) -> str:
     from onnx import helper
 
     kept = float(value) if dtype.is_floating_point else int(value)
-    return b.op("ConstantOfShape", shape, value=helper.make_tensor("value", element_type(dtype), [1], [kept]))
+    return b.op("ConstantOfShape", shape, value=helper.make_tensor("value", b.element_type(dtype), [1], [kept]))
 
 
 def _full(b: Builder, out: Value, size: Sequence[int | Size], value: Operand, **_: Any) -> str:
