@@ -40,7 +40,7 @@ def compile(
             `example_inputs`) any nn.Module.
         example_inputs: tensors for the module's forward; a callable `CompiledModule` is returned instead of an Engine.
         target: "auto" (measured), "eager", "inductor" (CPU, CUDA) or "onnxruntime" (CPU).
-        device: "cpu" or "cuda"; None: CUDA where torch sees a GPU.
+        device: "cpu" or "cuda"; None: CUDA where torch sees a GPU; a module's: where its example inputs are.
         dtype: of weights and computation: "float32", "bfloat16", "float16"; None: bfloat16 on CUDA, float32 on the CPU.
         max_seq_len: most tokens of one sequence, prompt and output; None: what the model knows, at most 4,096.
         max_batch_tokens: most tokens in one step; None: 8,192 on CUDA, 1,024 on the CPU.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -310,7 +311,10 @@ class _Call:
         weights = _made_weights(program, self._values, parameters)
         if self._runner is None:
             device = next((t.device for t in (*inputs, *weights.values()) if t.numel()), torch.device("cpu"))
-            self._runner = lower_for(self._flat, self._target, torch.device(device.type), inputs, weights)
+            # AOTAutograd calls with dispatch keys excluded, under which nothing can be traced: not so in a thread of its own
+            with ThreadPoolExecutor(1) as pool:
+                job = pool.submit(lower_for, self._flat, self._target, torch.device(device.type), inputs, weights)
+                self._runner = job.result()
         else:
             self._runner.bind(weights)
 

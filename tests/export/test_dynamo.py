@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from camshaft.export import dynamo
+from camshaft.export.targets.inductor import InductorTarget
 from graph_cases import LlamaNorm, heads
 from torch import Tensor, nn
 
@@ -89,6 +90,15 @@ def test_module(target: str, dynamic: bool, runners: list[Any]) -> None:
     assert torch.ops.aten.layer_norm.default in targets
     assert torch.ops.aten.addmm.default not in targets
     assert runners[0].target == target
+
+
+@pytest.mark.skipif(InductorTarget().unavailable(torch.device("cpu")) is not None, reason="needs a C++ compiler")
+def test_a_target_that_traces_compiles_at_the_first_call() -> None:
+    module = nn.Linear(4, 4)
+    compiled = torch.compile(module, backend="camshaft", options={"target": "inductor"})
+    with torch.no_grad():
+        x = torch.randn(3, 4)
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_that_change(runners: list[Any]) -> None:

@@ -50,13 +50,20 @@ class Encoder(nn.Module):
         return x
 
 
+@torch.no_grad()
+def greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
+    """Transformers' own tokens, EOS ignored."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens], device="cuda")).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_saved_decoder_generates_eagers_tokens_in_a_new_process(target: str, tmp_path: Path) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     model = random_model(tiny_config("llama")).to("cuda")
-    engine = camshaft.compile(
-        model, target=target, dtype="float32", max_seq_len=128, max_batch_tokens=64, use_cache=False
-    )
+    engine = camshaft.compile(model, target=target, dtype="float32", max_seq_len=128, max_batch_tokens=64, cache=False)
     engine.save(tmp_path / "engine")
     for file in (tmp_path / "engine" / "engines").glob("*"):
         assert not file.read_bytes().startswith(b"\x80"), f"{file} is a pickle"
@@ -66,12 +73,7 @@ def test_a_saved_decoder_generates_eagers_tokens_in_a_new_process(target: str, t
         env={**os.environ, **caches}, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-2000:]
-    expected = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt], device="cuda")
-        tokens = model.generate(ids, max_new_tokens=16, min_new_tokens=16, do_sample=False)
-        expected.append(tokens[0, len(prompt) :].tolist())
-    assert json.loads(child.stdout.splitlines()[-1]) == expected
+    assert json.loads(child.stdout.splitlines()[-1]) == [greedy(model, prompt, 16) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("target", [*TARGETS, "auto"])
@@ -88,14 +90,11 @@ def test_a_compiled_module_computes_what_the_module_computes(target: str) -> Non
             torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
 
 
-def test_torch_compile_with_the_camshaft_backend_runs_and_trains() -> None:
+def test_torch_compile_with_the_camshaft_backend() -> None:
     torch.manual_seed(0)
-    module = Encoder().cuda()
+    module = Encoder().cuda().eval()
     compiled = torch.compile(module, backend=camshaft_backend)
-    x = torch.randn(2, 8, 64, device="cuda")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
-    expected = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
-    actual = torch.autograd.grad(compiled(x).square().sum(), list(module.parameters()))
-    for a, b in zip(actual, expected):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        for tokens in (8, 8, 33):
+            x = torch.randn(2, tokens, 64, device="cuda")
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
