@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .api import compile, load, trace
     from .export.engine import Engine
+    from .export.whole import Export, export_model
     from .runtime import LLM, RequestOutput, SamplingParams
 
 _HOME = {
@@ -17,12 +18,25 @@ _HOME = {
     "load": ".api",
     "trace": ".api",
     "Engine": ".export.engine",
+    "Export": ".export.whole",
+    "export_model": ".export.whole",
     "LLM": ".runtime",
     "SamplingParams": ".runtime",
     "RequestOutput": ".runtime",
 }
 
-__all__ = ["LLM", "Engine", "RequestOutput", "SamplingParams", "__version__", "compile", "load", "trace"]
+__all__ = [
+    "LLM",
+    "Engine",
+    "Export",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+    "compile",
+    "export_model",
+    "load",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:

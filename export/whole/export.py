@@ -30,8 +30,9 @@ from ...passes.page_attention import PageAttention
 from ...passes.pipeline import canonicalize_passes, fuse_passes
 from ...passes.select_rows import SelectRows
 from ..artifact import atomic_directory, copy_tokenizer, file_digest
+from ..build import is_decoder
 from .interface import Interface, describe_interface
-from .request import ExportConfig, ExportRequest, check_request, make_config
+from .request import ExportConfig, ExportRequest, check_request, dtype_of, make_config
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +72,9 @@ def export_decoder(model: Any, path: Path, request: ExportRequest, progress: Pro
         from .tensorrt_engines import check_available
 
         check_available()
+    if not is_decoder(model):
+        raise ValueError(f"{type(model).__name__} is no Transformers causal LM; only decoders can be exported")
     tell("opening the model", 0, 0)
-    from .request import dtype_of
-
     source = open_model(model, dtype_of(request))
     config = make_config(request, source)
     tell("tracing", 0, 0)

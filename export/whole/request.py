@@ -40,8 +40,8 @@ class ExportConfig:
 
     dtype: of weights, caches and computation. batch_size: sequences in a step, None where it varies. max_seq_len: most tokens of
     one sequence. block_size (tokens) and num_blocks (the scratch block among them; None where it varies) are None for linear
-    caches. num_tokens: rows per sequence of each program, by name; None where they vary. logits: of the "last" row of each sequence,
-    or of "all" rows.
+    caches. num_tokens: rows per sequence of each program, by name; None where they vary. logits: of the "last" row of each
+    sequence, or of "all" rows.
     """
 
     format: Format
