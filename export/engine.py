@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from ..graph.weights import Weight
-from .executor import Executor, StepContext
+from .execution import Execution
 from .manifest import BuildConfig, Manifest
+from .native_step import NativeStep, make_native_step, refusal
 from .segment import Plan
-from .targets.base import get_target
 
 if TYPE_CHECKING:
+    from .cuda_graphs import DecodeGraphs
     from ..graph.display import PassTable
 
 logger = logging.getLogger(__name__)
+
+_UNCAPTURABLE = ("camshaft.moe",)
+"""Operators whose definition reads back from the device which kernels to launch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +63,9 @@ class Engine:
         self.engine_dir = engine_dir
         self.tokenizer_path = tokenizer_path
         self.device = torch.device(manifest.build.device)
-        self._target = get_target(manifest.build.target)
-        self._executor: Executor | None = None
-        self._inputs: list[str] = list(plan.inputs)
+        self._execution: Execution | None = None
+        self._native: NativeStep | None = None
+        self._native_line = ""
 
     def remove_with_engine(self, directory: Path) -> None:
         """Ties a temporary directory to this engine: it is removed when the engine is, or when Python ends."""
@@ -105,8 +109,17 @@ class Engine:
 
     @property
     def weights_bytes(self) -> int:
-        """Size of all weights in bytes."""
-        return sum(self.weights[name].num_bytes for name in self.plan.weight_names)
+        """Size of all weights in bytes; once the engine is prepared, with the copies that its native step reads."""
+        copied = self._native.copied_bytes if self._native is not None else 0
+        return sum(self.weights[name].num_bytes for name in self.plan.weight_names) + copied
+
+    @property
+    def native_step(self) -> str:
+        """One line: which steps run as one native call, or why none do; certain once the engine is prepared."""
+        if self._native_line:
+            return self._native_line
+        reason = refusal(self.plan, self.config)
+        return f"no native step: {reason}" if reason else "native step, as far as the plan tells"
 
     @property
     def cache_groups(self) -> tuple[CacheGroupSpec, ...]:
@@ -127,19 +140,19 @@ class Engine:
         return PassTable(self.manifest.passes)
 
     # -------------------------------------------------------------------------------------------------------------- run
-    def prepare(self) -> Executor:
+    def prepare(self) -> Execution:
         """Reads the weights onto the device and opens the segments' engines (once); called by the first use."""
-        if self._executor is None:
+        if self._execution is None:
+            if self.device.type == "cuda" and not torch.cuda.is_available():
+                raise ValueError(
+                    "the engine runs on a GPU, and torch sees no CUDA device here; save it and load it where one is"
+                )
             tensors = {name: self.weights[name].load().to(self.device) for name in self.plan.weight_names}
-            lowered = {}
-            for segment in self.plan.segments.values():
-                target = get_target("eager") if segment.eager else self._target
-                file = self.manifest.engines.get(segment.id)
-                lowered[segment.id] = target.load(segment, self.engine_dir / file if file else None, self.device)
-            self._executor = Executor(self.plan, lowered, tensors)
+            self._execution = Execution(self.plan, self.manifest, tensors, self.engine_dir, self.device)
+            self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # parts of joined weights: the KV cache can have their memory
-        return self._executor
+        return self._execution
 
     def bind_cache(self, num_blocks: Sequence[int]) -> None:
         """Allocates the KV tensors, one number of blocks per cache group: [blocks, block_size, heads, D] per layer."""
@@ -148,38 +161,45 @@ class Engine:
             raise ValueError(
                 f"{len(num_blocks)} numbers of blocks for {len(cache.windows)} cache groups; give one each"
             )
-        executor = self.prepare()
-        executor.caches = []
+        execution = self.prepare()
+        caches = []
         for index, layer in enumerate(cache.layers):
             shape = (num_blocks[cache.group_of(index)], cache.block_size, layer.num_kv_heads)
             sizes = ((*shape, layer.head_dim), (*shape, layer.value_dim))
             k_cache, v_cache = (_zeros(size, layer.dtype, self.device) for size in sizes)
-            executor.caches.append((k_cache, v_cache))
+            caches.append((k_cache, v_cache))
+        execution.bind_caches(caches)
+
+    def capture(self) -> DecodeGraphs | None:
+        """Captures decode steps as CUDA graphs; None where there is nothing to capture (`uncaptured` says why).
+
+        Needs the KV cache; binding another one drops the graphs.
+        """
+        if self.uncaptured is not None:
+            return None
+        return self.prepare().capture(self.max_sequences)
+
+    @property
+    def uncaptured(self) -> str | None:
+        """Why decode steps are not captured as CUDA graphs, or None if they can be."""
+        if self.device.type != "cuda":
+            return "CUDA graphs need a GPU"
+        if not self.config.buckets:
+            return "the engine was built without buckets"
+        blocked = {name for s in self.plan.segments.values() for name in s.operators if name.startswith(_UNCAPTURABLE)}
+        return f"{', '.join(sorted(blocked))} decides on the host what it launches" if blocked else None
 
     def step(self, batch: Any) -> Tensor:
-        """Runs one step on a runtime Batch: writes keys and values, returns logits [R, V] float32 on the device."""
-        executor = self.prepare()
-        if not executor.caches and self.manifest.cache.layers:
+        """Runs one step on a runtime Batch: writes keys and values, returns logits [R, V] float32 on the device.
+
+        The logits of a captured decode step are overwritten by the next one.
+        """
+        execution = self.prepare()
+        if not execution.executor.caches and self.manifest.cache.layers:
             raise ValueError("the engine has no KV cache yet; call bind_cache, or use camshaft.LLM")
-        missing = self._target.min_tokens - batch.token_ids.shape[0]
-        values = {"token_ids": batch.token_ids, "positions": batch.positions, "sample_rows": batch.sample_rows}
-        groups = [(group.slot_mapping, group.block_tables) for group in batch.groups]
-        num_rows = batch.sample_rows.shape[0]
-        if missing > 0:
-            values["token_ids"] = _pad(values["token_ids"], missing, 0)
-            values["positions"] = _pad(values["positions"], missing, 0)
-            groups = [(_pad(slots, missing, -1), tables) for slots, tables in groups]
-        if num_rows == 0:  # a chunk of a prompt in the middle: one row is computed and dropped
-            values["sample_rows"] = torch.zeros(1, dtype=torch.int64, device=self.device)
-        if values["sample_rows"].shape[0] < self._target.min_tokens:
-            values["sample_rows"] = _pad(
-                values["sample_rows"], self._target.min_tokens - values["sample_rows"].shape[0], 0
-            )
-        context = StepContext(groups, batch.query_start, batch.seq_lens, batch.max_query_len, batch.max_seq_len)
-        inputs = [values[name][None] if name != "sample_rows" else values[name] for name in self._inputs]
-        with torch.inference_mode():
-            logits = executor.run(inputs, context)[0]
-        return logits[0, :num_rows].float()
+        if self._native is not None and self._native.takes(batch):
+            return self._native.step(batch, execution.executor.caches)
+        return execution.step(batch)
 
     def activation_bytes(self) -> int:
         """Estimate of the memory of a full step besides weights and KV cache, in bytes."""
@@ -221,10 +241,6 @@ class Engine:
         from .display import engine_html
 
         return engine_html(self)
-
-
-def _pad(tensor: Tensor, count: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, count), value=value)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

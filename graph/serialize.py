@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,9 +87,10 @@ def _encode(value: Any) -> Any:
     raise ValueError(f"{value!r} ({type(value).__name__}) cannot be saved in a graph")
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node], device: torch.device) -> Any:
+def decode_value(value: Any, nodes: Mapping[str, Any], device: torch.device) -> Any:
+    """An argument as it stands in a saved graph, with the values of `nodes` in the place of their names."""
     if isinstance(value, list):
-        return [_decode(item, nodes, device) for item in value]
+        return [decode_value(item, nodes, device) for item in value]
     if isinstance(value, dict):
         ((kind, content),) = value.items()
         if kind == "node":
@@ -130,10 +132,10 @@ def graph_from_json(nodes: list[dict[str, Any]], device: torch.device) -> fx.Gra
             node = graph.placeholder(entry["name"])
             node.meta["spec"] = (tuple(entry["shape"]), entry["dtype"])
         elif entry["op"] == "output":
-            node = graph.output(tuple(_decode(entry["args"][0], made, device)))
+            node = graph.output(tuple(decode_value(entry["args"][0], made, device)))
         else:
-            args = tuple(_decode(entry["args"], made, device))
-            kwargs = {key: _decode(item, made, device) for key, item in entry.get("kwargs", {}).items()}
+            args = tuple(decode_value(entry["args"], made, device))
+            kwargs = {key: decode_value(item, made, device) for key, item in entry.get("kwargs", {}).items()}
             node = graph.call_function(find_target(entry["target"]), args, kwargs)
         made[entry["name"]] = node
     return fx.GraphModule(nn.Module(), graph)

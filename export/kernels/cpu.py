@@ -148,7 +148,7 @@ def paged_attention(
     )  # fmt: skip
     status = loaded.call(packed)
     if status:
-        _raise(status, slot_mapping, block_tables, query_start, seq_lens, k_cache)
+        raise_status(status, slot_mapping, block_tables, query_start, seq_lens, k_cache)
     return out
 
 
@@ -182,7 +182,7 @@ def _fits(
     )
 
 
-def _raise(
+def raise_status(
     status: int, slot_mapping: Tensor, block_tables: Tensor, query_start: Tensor, seq_lens: Tensor, k_cache: Tensor
 ) -> None:
     """Turn cpu.c's FAIL(code, index) into a message with the values."""

@@ -91,7 +91,7 @@ def build_library(source: Path) -> NativeLibrary:
     """
     command = find_compiler()
     version = _run([*command, "--version"])
-    text = source.read_text()
+    text = _text(source)
     failures: list[str] = []
     for machine, threads in _ATTEMPTS:
         flags = (*_COMMON, machine) if machine else _COMMON
@@ -109,6 +109,12 @@ def build_library(source: Path) -> NativeLibrary:
         note = failures[0] if failures else ""
         return NativeLibrary(path=path, compiler=first, flags=shown, openmp=openmp, note=note)
     raise NativeBuildError(failures[0])
+
+
+def _text(source: Path) -> str:
+    """The source with that of the files beside it that it includes."""
+    text = source.read_text()
+    return "\0".join([text, *(_text(source.with_name(name)) for name in re.findall(r'#include "([^"]+)"', text))])
 
 
 def _openmp_link(version: str) -> tuple[tuple[str, ...], str | None]:
@@ -130,7 +136,7 @@ def _compile(
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
             made, library = os.path.join(scratch, "kernel.o"), os.path.join(scratch, "kernel.so")
             _run([*command, *flags, *(("-fopenmp",) if threads else ()), "-c", str(source), "-o", made])
-            _run([*command, "-shared", made, *link, "-pthread", "-o", library])
+            _run([*command, "-shared", made, *link, "-pthread", "-lm", "-o", library])
             os.replace(library, path)
     except OSError as error:
         raise NativeBuildError(

@@ -1,0 +1,278 @@
+"""The native step: a decode step of few tokens as one call into kernels/step.c, without a session or a call per segment.
+
+With few tokens a step takes as long as reading the weights does. Where a float32 weight holds bfloat16 values exactly, as those
+of most checkpoints do, the step reads a bfloat16 copy of it: the same numbers from half the memory. Steps of more tokens, and
+plans with an operator that it does not have, go through the target's engines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import struct
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .kernels.cpu import raise_status
+from .kernels.native import NativeBuildError, build_library
+from .native_ops import supported
+from .native_program import Program, Unsupported, translate
+from .segment import Plan
+
+if TYPE_CHECKING:
+    from ..graph.program import CacheSpec
+    from .manifest import BuildConfig, Manifest
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 8
+"""Most tokens of a step that runs natively; from about there on the targets' matrix products are faster."""
+_SOURCE = Path(__file__).parent / "kernels" / "step.c"
+_STEP = struct.Struct("@P2q" + "2Pq" * 4 + "2PqP2q")  # step_t in step.c
+_GROUP = struct.Struct("@2P2q")  # group_t in step.c
+_BAD_INDEX = 6
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The compiled interpreter. Raises NativeBuildError."""
+    try:
+        library = ctypes.CDLL(str(build_library(_SOURCE).path))
+    except OSError as error:
+        raise NativeBuildError(f"the compiled step does not load: {error}; delete it to rebuild") from error
+    library.camshaft_step_create.restype = ctypes.c_void_p
+    library.camshaft_step_destroy.argtypes = [ctypes.c_void_p]
+    library.camshaft_step_run.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    library.camshaft_step_run.restype = ctypes.c_int64
+    library.camshaft_step_lanes.restype = ctypes.c_int64
+    return library
+
+
+def refusal(plan: Plan, build: BuildConfig) -> str | None:
+    """Why a plan has no native step, as far as the plan itself tells, or None."""
+    if build.device != "cpu":
+        return f"it runs on {build.device}"
+    if build.target == "eager":
+        return "the eager target runs everything in PyTorch"
+    missing = {
+        name for segment in plan.segments.values() for name in segment.operators if not supported(name)
+    }  # fmt: skip
+    if missing:
+        return f"no native {', '.join(sorted(missing))}"
+    return f"it is in {build.dtype}; native steps are in float32" if build.dtype != "float32" else None
+
+
+class WeightStore:
+    """Weights of linear layers as the interpreter reads them, each once."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        self.copied_bytes = 0
+        self._stored: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, int]] = {}
+
+    def linear(self, weight_NK: Tensor) -> tuple[Tensor, int]:
+        """(tensor, kind): bfloat16 in the layout of `weights_at` in step.c where that is exact, else float32 in place."""
+        key = (weight_NK.data_ptr(), weight_NK.shape, weight_NK.stride())
+        if key not in self._stored:
+            packed = self._pack(weight_NK) if sys.byteorder == "little" else None
+            stored = weight_NK.contiguous() if packed is None else packed
+            if stored is not weight_NK:
+                self.copied_bytes += stored.numel() * stored.element_size()
+            self._stored[key] = (weight_NK, stored, int(packed is not None))  # the weight: its address stays its own
+        return self._stored[key][1:]
+
+    def _pack(self, weight_NK: Tensor) -> Tensor | None:
+        half = weight_NK.to(torch.bfloat16)
+        if not torch.equal(half.float(), weight_NK):
+            return None
+        num_outputs, dim = half.shape
+        whole = dim // (2 * self.lanes) * 2 * self.lanes
+        blocks = half[:, :whole].reshape(num_outputs, -1, 2, self.lanes).transpose(2, 3).reshape(num_outputs, whole)
+        return torch.cat([blocks, half[:, whole:]], dim=1).contiguous()
+
+
+class NativeStep:
+    """Runs steps of up to `max_tokens` tokens of a plan.
+
+    weights: name -> float32 tensor on the CPU. Programs are written when a step of their size first comes. Steps of one
+    object run one at a time, from whichever thread; torch.get_num_threads() decides how many threads share the work.
+    Raises Unsupported or NativeBuildError if the plan cannot run.
+    """
+
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, Tensor], vocab_size: int, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        library = _library()
+        self.max_tokens = max_tokens
+        self._plan, self._weights, self._vocab_size = plan, weights, vocab_size
+        self._store = WeightStore(int(library.camshaft_step_lanes()))
+        self._run = library.camshaft_step_run
+        self._pool = library.camshaft_step_create()
+        if not self._pool:
+            raise MemoryError("no memory for the native step")
+        self._finalizer = weakref.finalize(self, library.camshaft_step_destroy, self._pool)
+        self._lock = threading.Lock()
+        self._caches: Sequence[tuple[Tensor, Tensor]] | None = None
+        self._ready: dict[tuple[int, int], _Ready] = {}
+
+    @property
+    def copied_bytes(self) -> int:
+        """Size of the weights that are held a second time, in bytes."""
+        return self._store.copied_bytes
+
+    def check(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Writes the largest program, and with it all copies of weights. Raises Unsupported."""
+        with torch.inference_mode():
+            translate(self._plan, self._weights, caches, self._store.linear, self.max_tokens, self.max_tokens)
+
+    def takes(self, batch: Any) -> bool:
+        """Whether a batch is of a size that runs here."""
+        return batch.token_ids.shape[0] <= self.max_tokens and batch.sample_rows.shape[0] > 0
+
+    def step(self, batch: Any, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Writes keys and values of a runtime Batch and returns its logits [R, V] float32.
+
+        Raises ValueError for token ids, slots or block tables outside their ranges.
+        """
+        num_tokens, num_rows = batch.token_ids.shape[0], batch.sample_rows.shape[0]
+        with self._lock:
+            if self._caches is not caches:
+                self._caches, self._ready = caches, {}
+            ready = self._ready.get((num_tokens, num_rows))
+            if ready is None:
+                ready = self._ready[num_tokens, num_rows] = self._write(num_tokens, num_rows)
+            _check_batch(batch, num_tokens)
+            logits = torch.empty((num_rows, self._vocab_size))
+            ready.fill(batch, logits)
+            status = self._run(self._pool, ready.buffer)
+            if status:
+                ready.fail(status, batch, caches)
+        return logits
+
+    def _write(self, num_tokens: int, num_rows: int) -> _Ready:
+        assert self._caches is not None
+        with torch.inference_mode():
+            program = translate(
+                self._plan, self._weights, self._caches, self._store.linear, num_tokens, num_rows
+            )  # fmt: skip
+        return _Ready(program, len(self._caches))
+
+
+class _Ready:
+    """A program in memory, with the buffer that a step fills in."""
+
+    def __init__(self, program: Program, num_groups: int) -> None:
+        self.program = program
+        self.arena = torch.empty(program.arena_bytes + 64, dtype=torch.uint8)
+        base = -(-self.arena.data_ptr() // 64) * 64
+        _, arguments = program.pack(base, 0)
+        self.arguments = ctypes.create_string_buffer(arguments, max(len(arguments), 1))
+        code, _ = program.pack(base, ctypes.addressof(self.arguments))
+        self.code = ctypes.create_string_buffer(code, len(code))
+        self.buffer = ctypes.create_string_buffer(_STEP.size)
+        self.inputs = [program.inputs.get(name) for name in ("token_ids", "positions", "sample_rows")]
+        self.places = [0 if tensor is None else program.address(tensor, base) for tensor in self.inputs]
+        assert program.output is not None
+        self.result = program.address(program.output, base)
+        self.head = (ctypes.addressof(self.code), len(program.instructions))
+        self.groups = ctypes.create_string_buffer(_GROUP.size * max(num_groups, 1))
+
+    def fill(self, batch: Any, logits: Tensor) -> None:
+        """Puts a batch's addresses into the buffer."""
+        for index, group in enumerate(batch.groups):
+            tables = group.block_tables
+            _GROUP.pack_into(self.groups, index * _GROUP.size, group.slot_mapping.data_ptr(), tables.data_ptr(),
+                             tables.shape[1], tables.shape[1])  # fmt: skip
+        tokens, positions, rows = self.places
+        size, rows_size = batch.token_ids.shape[0] * 8, batch.sample_rows.shape[0] * 8
+        _STEP.pack_into(
+            self.buffer, 0, *self.head, torch.get_num_threads(),
+            tokens, batch.token_ids.data_ptr(), size if tokens else 0,
+            positions, batch.positions.data_ptr(), size if positions else 0,
+            rows, batch.sample_rows.data_ptr(), rows_size if rows else 0,
+            logits.data_ptr(), self.result, logits.numel() * 4,
+            batch.query_start.data_ptr(), batch.seq_lens.data_ptr(), batch.seq_lens.shape[0],
+            ctypes.addressof(self.groups), 0, 0,
+        )  # fmt: skip
+
+    def fail(self, status: int, batch: Any, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Raises what a failed step returned."""
+        *_, at, value = _STEP.unpack(self.buffer)
+        instruction = self.program.instructions[at]
+        if status % 8 == _BAD_INDEX:
+            raise ValueError(
+                f"row {status // 8} of the step looks up row {value} of a table of {instruction.number[0]} rows "
+                f"(token_ids {batch.token_ids.tolist()}, positions {batch.positions.tolist()}); allowed: "
+                f"0..{instruction.number[0] - 1}"
+            )
+        group = batch.groups[instruction.number[0]]
+        assert instruction.attention is not None
+        raise_status(status, group.slot_mapping, group.block_tables, batch.query_start, batch.seq_lens,
+                     instruction.attention["k_cache"])  # fmt: skip
+
+
+def _check_batch(batch: Any, num_tokens: int) -> None:
+    """What the interpreter takes for granted. Raises ValueError."""
+    for index, group in enumerate(batch.groups):
+        tables = group.block_tables
+        if (
+            group.slot_mapping.shape[0] != num_tokens
+            or tables.shape[0] != batch.seq_lens.shape[0]
+            or group.slot_mapping.dtype != torch.int64
+            or tables.dtype != torch.int32
+            or not tables.is_contiguous()
+        ):
+            raise ValueError(
+                f"cache group {index}: slot_mapping {group.slot_mapping.dtype} {list(group.slot_mapping.shape)} and "
+                f"block_tables {tables.dtype} {list(tables.shape)} do not fit {num_tokens} tokens of "
+                f"{batch.seq_lens.shape[0]} sequences; needed: int64 [T], int32 [S, W], contiguous"
+            )
+    longs, shorts = (batch.token_ids, batch.positions, batch.sample_rows), (batch.query_start, batch.seq_lens)
+    if (
+        batch.positions.shape[0] != num_tokens
+        or batch.query_start.shape[0] != batch.seq_lens.shape[0] + 1
+        or any(tensor.dtype != torch.int64 for tensor in longs)
+        or any(tensor.dtype != torch.int32 for tensor in shorts)
+    ):
+        raise ValueError(
+            "a step needs token_ids [T], positions [T] and sample_rows in int64, query_start [S + 1] and seq_lens [S] in "
+            f"int32; got {[(str(tensor.dtype), list(tensor.shape)) for tensor in (*longs, *shorts)]}"
+        )
+
+
+def make_native_step(plan: Plan, manifest: Manifest, weights: Mapping[str, Tensor]) -> tuple[NativeStep | None, str]:
+    """The native step of a plan, or None, and a line that says what there is or why there is none."""
+    reason = refusal(plan, manifest.build)
+    native: NativeStep | None = None
+    if reason is None:
+        try:
+            native = NativeStep(plan, weights, manifest.model.vocab_size)
+            native.check(_empty_caches(manifest.cache))
+        except (Unsupported, NativeBuildError) as error:
+            native, reason = None, str(error)
+    if native is None:
+        line = f"no native step: {reason}"
+    else:
+        line = f"native step up to {native.max_tokens} tokens, {native.copied_bytes / 1e6:.1f} MB of weights copied"
+    logger.info("%s", line)
+    return native, line
+
+
+def _empty_caches(cache: CacheSpec) -> list[tuple[Tensor, Tensor]]:
+    """Stand-ins for the KV tensors, before their number of blocks is known."""
+    shapes = [((1, cache.block_size, layer.num_kv_heads), layer) for layer in cache.layers]
+    return [
+        (
+            torch.empty(*shape, layer.head_dim, dtype=layer.dtype),
+            torch.empty(*shape, layer.value_dim, dtype=layer.dtype),
+        )
+        for shape, layer in shapes
+    ]
