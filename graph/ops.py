@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LIB = torch.library.Library("camshaft", "DEF")
+from .quant_ops import QUANT_DEFINITIONS
+from .registry import define
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -25,13 +26,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 """Activations of gated layers, by the name that stands in the graph."""
-
-
-def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    name = schema.split("(")[0]
-    _LIB.define(schema)
-    _LIB.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"camshaft::{name}", fake, lib=_LIB)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -110,7 +104,7 @@ def _attention_fake(
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
-_define(
+define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? sinks, Tensor? alibi_slopes, "
     "float scale, int window, float softcap) -> Tensor",
     _attention,
@@ -132,7 +126,7 @@ def _mask_fake(like: Tensor, kind: str, size: int) -> Tensor:
 
 
 # Stands for a causal mask while a model is traced; resolved to attributes of camshaft::attention by `resolve_masks`.
-_define("mask(Tensor like, str kind, int size) -> Tensor", _mask, _mask_fake)
+define("mask(Tensor like, str kind, int size) -> Tensor", _mask, _mask_fake)
 
 
 def _paged_attention_missing(*args: Any, **kwargs: Any) -> Tensor:
@@ -162,7 +156,7 @@ def _paged_attention_fake(
 
 
 # q [1, T, H, D], k [1, T, G, D], v [1, T, G, V] -> [1, T, H, V]; writes k and v at slot_mapping, then attends.
-_define(
+define(
     "paged_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, "
     "Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, Tensor? alibi_slopes, "
     "float scale, int window, float softcap) -> Tensor",
@@ -185,7 +179,7 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast_
 
 # RMSNorm (Zhang and Sennrich 2019), in fp32. cast_first: the normalised value is cast to x's dtype before the weight is
 # applied (Llama); otherwise weight + offset is applied in fp32 (Gemma with offset 1, OLMo 2 with offset 0).
-_define(
+define(
     "rms_norm(Tensor x, Tensor? weight, float eps, float offset, bool cast_first) -> Tensor",
     _rms_norm,
     lambda x, weight, eps, offset, cast_first: torch.empty_like(x),
@@ -200,7 +194,7 @@ def _add_rms_norm(
 
 
 # Returns (normed, x + residual).
-_define(
+define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, bool cast_first) "
     "-> (Tensor, Tensor)",
     _add_rms_norm,
@@ -222,7 +216,7 @@ def _rope(x_BTHD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -
 
 # RoPE (Su et al. 2021) on x [B, T, H, D] with cos, sin [B, T, R], R <= D; the first R dimensions turn. cos and sin carry
 # every angle twice, as halves (interleaved = False, pairs are (i, i + R/2)) or side by side (True, pairs (2i, 2i + 1)).
-_define(
+define(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
     _rope,
     lambda x, cos, sin, interleaved: torch.empty(x.shape, dtype=x.dtype, device=x.device),
@@ -235,7 +229,7 @@ def _glu(gate_up: Tensor, activation: str) -> Tensor:
 
 
 # Gated linear unit (Shazeer 2020): activation(gate) * up on gate_up [..., 2 I] with the gate first. Returns [..., I].
-_define(
+define(
     "glu(Tensor gate_up, str activation) -> Tensor",
     _glu,
     lambda gate_up, activation: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
@@ -289,7 +283,7 @@ def _moe(
 
 # Mixture-of-experts layer: x [T, C], index [T, K] (experts; E marks a masked choice), weight [T, K]; gate/up projection
 # [E, 2 I, C] and down projection [E, C, I] ([E, C, 2 I] and [E, I, C] where transposed). Returns [T, C].
-_define(
+define(
     "moe(Tensor x, Tensor index, Tensor weight, Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, "
     "str activation, bool gated, bool transposed, bool interleaved) -> Tensor",
     _moe,
@@ -310,6 +304,7 @@ _INLINE: dict[Any, Callable[..., Any]] = {
     torch.ops.camshaft.rope.default: _rope,
     torch.ops.camshaft.glu.default: _glu,
     torch.ops.camshaft.attention.default: _attention,
+    **QUANT_DEFINITIONS,
 }
 
 DEFINITIONS: dict[Any, Callable[..., Any]] = {**_INLINE, torch.ops.camshaft.moe.default: _moe}

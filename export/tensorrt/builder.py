@@ -153,6 +153,8 @@ class Builder:
             return self.constant(value, dtype, ())
         if value.dtype == dtype:
             return value
+        if torch.float8_e4m3fn in (value.dtype, dtype):
+            raise UnsupportedError("a cast to or from float8_e4m3fn (camshaft.quantize and dequantize convert)")
         return self.value(self.layer("cast", value.tensor, self.type(dtype)), dtype)
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
@@ -322,6 +324,11 @@ def operators() -> Mapping[str, Emit]:
     from .ops_attention import ATTENTION_OPERATORS
     from .ops_math import MATH_OPERATORS
     from .ops_nn import NN_OPERATORS
+    from .ops_quant import QUANT_OPERATORS
+    from .ops_reduce import REDUCE_OPERATORS
     from .ops_shape import SHAPE_OPERATORS
 
-    return MappingProxyType({**MATH_OPERATORS, **NN_OPERATORS, **SHAPE_OPERATORS, **ATTENTION_OPERATORS})
+    table: dict[str, Emit] = {}
+    for part in (MATH_OPERATORS, REDUCE_OPERATORS, NN_OPERATORS, SHAPE_OPERATORS, ATTENTION_OPERATORS, QUANT_OPERATORS):
+        table.update(part)
+    return MappingProxyType(table)

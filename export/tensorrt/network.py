@@ -21,10 +21,13 @@ from ...graph.serialize import target_name
 from ..emitter import UnsupportedError
 from ..segment import Segment
 from ..targets.base import LoweringError
-from .builder import Builder, Spec, describe
+from .builder import DTYPES, Builder, Spec, describe
 from .library import Library, find_library
+from .ops_quant import graph_input
 
 logger = logging.getLogger(__name__)
+
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,10 @@ def serialize(maker: Any, builder: Builder, capabilities: Sequence[str] = ()) ->
 
 
 def _info(tensor: Any) -> TensorInfo:
-    from .builder import DTYPES
-
-    names = {name: dtype for dtype, name in DTYPES.items()}
-    return TensorInfo(tensor.name, names[tensor.dtype.name], tuple(tensor.shape))
+    name, shape = tensor.dtype.name, tuple(tensor.shape)
+    if name in ("INT4", "FP4"):  # two values to a byte
+        return TensorInfo(tensor.name, torch.uint8, (*shape[:-1], shape[-1] // 2))
+    return TensorInfo(tensor.name, _TORCH[name], shape)
 
 
 def emit_segment(library: Library, segment: Segment, sizes: Mapping[str, int]) -> tuple[Any, Builder]:
@@ -107,7 +110,7 @@ def emit_segment(library: Library, segment: Segment, sizes: Mapping[str, int]) -
     try:
         for node in module.graph.nodes:
             if node.op == "placeholder":
-                values[node] = builder.input(node.name, specs[node].dtype, specs[node].shape)
+                values[node] = graph_input(builder, node, node.name, specs[node])
         results = builder.graph(module.graph, values, specs)
     except UnsupportedError as error:
         missing = _missing(library, module.graph, specs)
@@ -205,7 +208,7 @@ def _unsupported(node: fx.Node, library: Library, spec_of: Any) -> str | None:
     try:
         values = {}
         for operand in node.all_input_nodes:
-            values[operand] = _as_inputs(builder, spec_of(operand), f"x{len(values)}")
+            values[operand] = _as_inputs(builder, operand, spec_of(operand), f"x{len(values)}")
         builder.node(node, values, spec_of(node))
     except UnsupportedError as error:
         return str(error)
@@ -214,11 +217,11 @@ def _unsupported(node: fx.Node, library: Library, spec_of: Any) -> str | None:
     return None
 
 
-def _as_inputs(builder: Builder, spec: Any, name: str) -> Any:
+def _as_inputs(builder: Builder, node: fx.Node, spec: Any, name: str) -> Any:
     if isinstance(spec, Spec):
-        return builder.input(name, spec.dtype, spec.shape)
+        return graph_input(builder, node, name, spec)
     if isinstance(spec, tuple):
-        return tuple(_as_inputs(builder, item, f"{name}_{index}") for index, item in enumerate(spec))
+        return tuple(_as_inputs(builder, node, item, f"{name}_{index}") for index, item in enumerate(spec))
     return spec
 
 

@@ -1,4 +1,4 @@
-"""The table of operators for TensorRT, first part: arithmetic, comparisons, activations, reductions.
+"""The table of operators for TensorRT, first part: arithmetic, comparisons, activations.
 
 Every function takes (builder, spec, *the operator's arguments) and returns the Value that it wrote. Like eager PyTorch, functions
 of 16-bit floats are computed in fp32 and rounded once, and a number keeps its fp32 value beside a 16-bit tensor.
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..emitter import UnsupportedError, each_name, reduce_dims
+from ..emitter import UnsupportedError, each_name
 from .builder import HALF, Builder, Emit, Operand, Spec, Value, exact
 
 
@@ -214,7 +214,7 @@ def _glu(b: Builder, out: Spec, gate_up: Value, activation: str) -> Value:
     return b.elementwise("PROD", activate(b, gate, activation, out.dtype), up, out.dtype)
 
 
-def _wide(emit: Emit) -> Emit:
+def in_fp32(emit: Emit) -> Emit:
     """An emitter that works in fp32 for 16-bit floats, its result rounded once."""
 
     @functools.wraps(emit)
@@ -225,12 +225,12 @@ def _wide(emit: Emit) -> Emit:
     return write
 
 
-@_wide
+@in_fp32
 def _rsqrt(b: Builder, out: Spec, x: Value) -> Value:
     return b.unary("RECIP", b.unary("SQRT", x))
 
 
-@_wide
+@in_fp32
 def _expm1(b: Builder, out: Spec, x: Value) -> Value:
     """2 tanh(x / 2) / (1 - tanh(x / 2)): exp(x) - 1 would cancel near 0, and this overflows for large x, so it is a choice."""
     half = b.activation("TANH", b.elementwise("PROD", x, 0.5, out.dtype))
@@ -241,12 +241,12 @@ def _expm1(b: Builder, out: Spec, x: Value) -> Value:
     return b.select(b.elementwise("LESS", b.unary("ABS", x), 0.5, out.dtype), near, far)
 
 
-@_wide
+@in_fp32
 def _log1p(b: Builder, out: Spec, x: Value) -> Value:
     return b.unary("LOG", b.elementwise("SUM", x, 1, out.dtype))
 
 
-@_wide
+@in_fp32
 def _softplus(b: Builder, out: Spec, x: Value, beta: float = 1, threshold: float = 20) -> Value:
     """max(z, 0) + log(1 + exp(-|z|)) with z = beta x, which overflows for no z."""
     z = x if beta == 1 else b.elementwise("PROD", x, beta, out.dtype)
@@ -257,80 +257,27 @@ def _softplus(b: Builder, out: Spec, x: Value, beta: float = 1, threshold: float
     return soft if beta == 1 else b.elementwise("DIV", soft, beta, out.dtype)
 
 
-@_wide
+@in_fp32
 def _leaky_relu(b: Builder, out: Spec, x: Value, slope: float = 0.01) -> Value:
     return b.activation("LEAKY_RELU", x, float(slope))
 
 
-@_wide
+@in_fp32
 def _elu(b: Builder, out: Spec, x: Value, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Value:
     if scale != 1 or input_scale != 1:
         raise UnsupportedError("elu with a scale")
     return b.activation("ELU", x, float(alpha))
 
 
-@_wide
+@in_fp32
 def _hardswish(b: Builder, out: Spec, x: Value) -> Value:
     gate = _clamp(b, out, b.elementwise("SUM", x, 3, out.dtype), 0, 6)
     return b.elementwise("PROD", x, b.elementwise("PROD", gate, 1 / 6, out.dtype), out.dtype)
 
 
-@_wide
+@in_fp32
 def _mish(b: Builder, out: Spec, x: Value) -> Value:
     return b.elementwise("PROD", x, b.activation("TANH", _softplus(b, out, x)), out.dtype)
-
-
-# --------------------------------------------------------------------------------------------------------- reductions
-def _reduce(kind: str) -> Emit:
-    def write(b: Builder, out: Spec, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Value:
-        if not x.shape:
-            return b.cast(x, out.dtype)
-        wide = b.cast(x, compute_dtype(out.dtype))
-        return b.cast(b.reduce(kind, wide, reduce_dims(x.shape, dim), keepdim), out.dtype)
-
-    return write
-
-
-def _reduce_all(kind: str) -> Emit:
-    return lambda b, out, x, dtype=None: _reduce(kind)(b, out, x)
-
-
-def _any(kind: str) -> Emit:
-    def write(b: Builder, out: Spec, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
-        numbers = b.cast(b.cast(x, torch.bool), torch.int32)
-        return b.cast(b.reduce(kind, numbers, reduce_dims(x.shape, dim), keepdim), torch.bool)
-
-    return write
-
-
-def _vector_norm(
-    b: Builder, out: Spec, x: Value, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
-) -> Value:
-    if ord not in (1, 2):
-        raise UnsupportedError(f"a vector norm of order {ord}")
-    wide = b.cast(x, compute_dtype(out.dtype))
-    terms = b.unary("ABS", wide) if ord == 1 else b.elementwise("PROD", wide, wide, wide.dtype)
-    total = b.reduce("SUM", terms, reduce_dims(x.shape, dim), keepdim)
-    return b.cast(total if ord == 1 else b.unary("SQRT", total), out.dtype)
-
-
-@_wide
-def _softmax(b: Builder, out: Spec, x: Value, dim: int, dtype: Any = None) -> Value:
-    return b.softmax(x, dim)
-
-
-@_wide
-def _log_softmax(b: Builder, out: Spec, x: Value, dim: int, dtype: Any = None) -> Value:
-    shifted = b.elementwise("SUB", x, b.reduce("MAX", x, [dim], True), out.dtype)
-    total = b.reduce("SUM", b.unary("EXP", shifted), [dim], True)
-    return b.elementwise("SUB", shifted, b.unary("LOG", total), out.dtype)
-
-
-@_wide
-def _cumsum(b: Builder, out: Spec, x: Value, dim: int, dtype: Any = None) -> Value:
-    axis = b.constant(dim % len(x.shape), torch.int32, ())
-    kind = b.trt.CumulativeOperation.SUM
-    return b.value(b.layer("cumulative", x.tensor, axis.tensor, kind, False, False), x.dtype)
 
 
 _UNARY = {
@@ -404,19 +351,5 @@ MATH_OPERATORS: dict[str, Emit] = {
     **each_name(_mish, "mish.default"),
     **each_name(lambda b, out, x: _clamp(b, out, x, 0, 6), "relu6.default"),
     "camshaft.glu.default": _glu,
-    **each_name(_reduce("AVG"), "mean.dim"),
-    **each_name(_reduce("SUM"), "sum.dim_IntList"),
-    **each_name(_reduce("MAX"), "amax.default"),
-    **each_name(_reduce("MIN"), "amin.default"),
-    **each_name(_reduce_all("AVG"), "mean.default"),
-    **each_name(_reduce_all("SUM"), "sum.default"),
-    **each_name(_reduce_all("MAX"), "max.default"),
-    **each_name(_reduce_all("MIN"), "min.default"),
-    **each_name(_any("MAX"), "any.default", "any.dim"),
-    **each_name(_any("MIN"), "all.default", "all.dim"),
-    **each_name(_vector_norm, "linalg_vector_norm.default"),
-    **each_name(_cumsum, "cumsum.default"),
-    **each_name(_softmax, "softmax.int", "_softmax.default"),
-    **each_name(_log_softmax, "log_softmax.int", "_log_softmax.default"),
 }
 """Operator names to the functions that emit them."""

@@ -1,4 +1,4 @@
-"""The table of operators for TensorRT, third part: layouts, slices, gathers, sorting, and tensors made of sizes.
+"""The table of operators for TensorRT, third part: layouts, slices, gathers, and tensors made of sizes.
 
 Sizes are numbers here, so that a view is a reshape to the shape that the node is known to yield.
 """
@@ -13,9 +13,6 @@ import torch
 
 from ..emitter import UnsupportedError, each_name
 from .builder import HALF, Builder, Emit, Operand, Spec, Value
-
-MAX_TOPK = 3840
-"""The most elements that TensorRT's TopK yields."""
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts
@@ -218,47 +215,6 @@ def _triangle(keep: str) -> Emit:
     return write
 
 
-# ------------------------------------------------------------------------------------------------------------ sorting
-def topk(b: Builder, x: Value, k: int, dim: int, largest: bool) -> tuple[Value, Value]:
-    """The k largest or smallest elements in order, and their int64 positions; 16-bit floats and integers keep their dtype."""
-    if k > MAX_TOPK:
-        raise UnsupportedError(f"the {k} largest elements, or sorting them (allowed: up to {MAX_TOPK})")
-    kind = b.trt.TopKOperation.MAX if largest else b.trt.TopKOperation.MIN
-    layer = b.layer("topk", x.tensor, kind, k, 1 << (dim % len(x.shape)), b.type(torch.int64))
-    return b.value(layer, x.dtype), b.value(layer, torch.int64, 1)
-
-
-def _topk(
-    b: Builder, out: Any, x: Value, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> tuple[Value, Value]:
-    return topk(b, x, k, dim, largest)
-
-
-def _sort(b: Builder, out: Any, x: Value, dim: int = -1, descending: bool = False) -> tuple[Value, Value]:
-    return topk(b, x, x.shape[dim], dim, descending)
-
-
-def _argsort(b: Builder, out: Spec, x: Value, dim: int = -1, descending: bool = False) -> Value:
-    return topk(b, x, x.shape[dim], dim, descending)[1]
-
-
-def _extreme(largest: bool) -> Emit:
-    def write(b: Builder, out: tuple[Spec, Spec], x: Value, dim: int, keepdim: bool = False) -> list[Value]:
-        found = topk(b, x, 1, dim, largest)
-        return [b.reshape(item, spec.shape) for item, spec in zip(found, out)]
-
-    return write
-
-
-def _argmax(largest: bool) -> Emit:
-    def write(b: Builder, out: Spec, x: Value, dim: int | None = None, keepdim: bool = False) -> Value:
-        if dim is None:
-            x, dim = b.reshape(x, (int(np.prod(x.shape)),)), 0
-        return b.reshape(topk(b, x, 1, dim, largest)[1], out.shape)
-
-    return write
-
-
 # -------------------------------------------------------------------------------------------------- tensors from sizes
 def _full(b: Builder, out: Spec, size: Sequence[int], value: Operand, **_: Any) -> Value:
     return b.expand(b.cast(value, out.dtype), out.shape)
@@ -316,13 +272,6 @@ SHAPE_OPERATORS: dict[str, Emit] = {
     **each_name(_one_hot, "one_hot.default"),
     **each_name(_triangle("GREATER"), "tril.default"),
     **each_name(_triangle("LESS"), "triu.default"),
-    **each_name(_topk, "topk.default"),
-    **each_name(_sort, "sort.default"),
-    **each_name(_argsort, "argsort.default"),
-    **each_name(_extreme(True), "max.dim"),
-    **each_name(_extreme(False), "min.dim"),
-    **each_name(_argmax(True), "argmax.default"),
-    **each_name(_argmax(False), "argmin.default"),
     **each_name(_full, "full.default"),
     **each_name(_new_full, "new_full.default"),
     **each_name(_full_like, "full_like.default"),
