@@ -8,7 +8,6 @@ sizes: a size that differs between the two varies.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph.serialize import target_name
+from ..emitter import UnsupportedError, call_emitter
 from ..segment import Segment
 from .base import LoweringError
 
@@ -36,10 +36,6 @@ _ELEMENT_NAMES = {
     torch.bool: "BOOL",
 }
 _HALF_NAMES = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
-
-
-class UnsupportedError(Exception):
-    """An operator, or these arguments or dtypes of it, that the table does not have; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +190,7 @@ def emit(builder: Builder, table: dict[str, Emit], node: fx.Node, values: dict[f
     kwargs = {key: fx.node.map_arg(item, values.__getitem__) for key, item in node.kwargs.items()}
     for value in output if isinstance(output, tuple) else (output,):
         builder.element_type(value.dtype)
-    try:
-        bound = inspect.signature(table[name]).bind(builder, output, *args, **kwargs)
-    except TypeError as error:
-        raise UnsupportedError(f"operator {name} with these arguments ({error})") from error
-    made = table[name](*bound.args, **bound.kwargs)
+    made = call_emitter(name, table[name], builder, output, *args, **kwargs)
     if isinstance(output, tuple):
         return tuple(Value(text, value.dtype, value.shape) for text, value in zip(made, output))
     return Value(made, output.dtype, output.shape)

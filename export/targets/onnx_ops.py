@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .onnx_graph import MICROSOFT, Builder, Emit, Operand, Size, UnsupportedError, Value, static
+from ..emitter import UnsupportedError, each_name, reduce_dims
+from .onnx_graph import MICROSOFT, Builder, Emit, Operand, Size, Value, static
 
 
 # --------------------------------------------------------------------------------------------------------- arithmetic
@@ -193,22 +194,17 @@ def _glu(b: Builder, out: Value, gate_up: Value, activation: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- reductions
-def reduce_dims(x: Value, dim: Any) -> list[int]:
-    """The dimensions of a reduction as a list; all of them for None or an empty list."""
-    if dim is None or dim == []:
-        return list(range(len(x.shape)))
-    return [dim] if isinstance(dim, int) else list(dim)
-
-
 def _reduce(kind: str) -> Emit:
     def write(b: Builder, out: Value, x: Value, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> str:
-        return b.op(kind, b.cast(x, out.dtype), b.ints(*reduce_dims(x, dim)), keepdims=int(keepdim))
+        return b.op(kind, b.cast(x, out.dtype), b.ints(*reduce_dims(x.shape, dim)), keepdims=int(keepdim))
 
     return write
 
 
 def _reduce_all(kind: str) -> Emit:
-    return lambda b, out, x, dtype=None: b.op(kind, b.cast(x, out.dtype), b.ints(*reduce_dims(x, None)), keepdims=0)
+    return lambda b, out, x, dtype=None: b.op(
+        kind, b.cast(x, out.dtype), b.ints(*reduce_dims(x.shape, None)), keepdims=0
+    )
 
 
 def _extreme(kind: str) -> Emit:
@@ -235,7 +231,7 @@ def _vector_norm(
 ) -> str:
     if ord not in (1, 2):
         raise UnsupportedError(f"a vector norm of order {ord}")
-    return b.op(f"ReduceL{int(ord)}", b.cast(x, out.dtype), b.ints(*reduce_dims(x, dim)), keepdims=int(keepdim))
+    return b.op(f"ReduceL{int(ord)}", b.cast(x, out.dtype), b.ints(*reduce_dims(x.shape, dim)), keepdims=int(keepdim))
 
 
 def _softmax(kind: str) -> Emit:
@@ -244,10 +240,6 @@ def _softmax(kind: str) -> Emit:
 
 def _cumsum(b: Builder, out: Value, x: Value, dim: int, dtype: Any = None) -> str:
     return b.op("CumSum", b.cast(x, out.dtype), b.constant(dim, torch.int64))
-
-
-def _each_name(emit: Emit, *names: str) -> dict[str, Emit]:
-    return {f"aten.{name}": emit for name in names}
 
 
 _UNARY: dict[str, str] = {
@@ -284,34 +276,34 @@ _arithmetic: Callable[[str], tuple[str, str]] = lambda name: (f"{name}.Tensor", 
 OPERATORS: dict[str, Emit] = {
     **{f"aten.{name}.default": _unary(kind) for name, kind in _UNARY.items()},
     **{f"aten.{name}.{kind}": _compare(*how) for name, how in _COMPARE.items() for kind in ("Tensor", "Scalar")},
-    **_each_name(_binary("Add"), *_arithmetic("add")),
-    **_each_name(_binary("Sub"), *_arithmetic("sub")),
-    **_each_name(_binary("Mul"), *_arithmetic("mul")),
-    **_each_name(_rsub, *_arithmetic("rsub")),
-    **_each_name(_divide, *_arithmetic("div"), "div.Tensor_mode", "div.Scalar_mode"),
-    **_each_name(_floor_divide, "floor_divide.default", "floor_divide.Scalar"),
-    **_each_name(_remainder, *_arithmetic("remainder")),
-    **_each_name(_pow, "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
-    **_each_name(_pow, "float_power.Tensor_Scalar"),
-    **_each_name(lambda b, out, x: _pow(b, out, x, 2), "square.default"),
-    **_each_name(_clamp, "clamp.default", "clamp.Tensor"),
-    **_each_name(lambda b, out, x, low=-1, high=1: _clamp(b, out, x, low, high), "hardtanh.default"),
-    **_each_name(lambda b, out, x, low: _clamp(b, out, x, low), "clamp_min.default", "clamp_min.Tensor"),
-    **_each_name(lambda b, out, x, high: _clamp(b, out, x, None, high), "clamp_max.default", "clamp_max.Tensor"),
-    **_each_name(_binary("Min"), "minimum.default", "min.other"),
-    **_each_name(_binary("Max"), "maximum.default", "max.other"),
-    **_each_name(_logical("And"), "logical_and.default"),
-    **_each_name(_logical("Or"), "logical_or.default"),
-    **_each_name(_logical("Xor"), "logical_xor.default"),
-    **_each_name(lambda b, out, x: b.op("Not", b.cast(x, torch.bool)), "logical_not.default"),
-    **_each_name(_bitwise("And"), *_arithmetic("bitwise_and"), "__and__.Tensor"),
-    **_each_name(_bitwise("Or"), *_arithmetic("bitwise_or"), "__or__.Tensor"),
-    **_each_name(_not, "bitwise_not.default"),
-    **_each_name(_keep("IsNaN"), "isnan.default"),
-    **_each_name(_keep("IsInf"), "isinf.default"),
-    **_each_name(_where, "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar"),
-    **_each_name(_masked_fill, "masked_fill.Scalar", "masked_fill.Tensor"),
-    **_each_name(
+    **each_name(_binary("Add"), *_arithmetic("add")),
+    **each_name(_binary("Sub"), *_arithmetic("sub")),
+    **each_name(_binary("Mul"), *_arithmetic("mul")),
+    **each_name(_rsub, *_arithmetic("rsub")),
+    **each_name(_divide, *_arithmetic("div"), "div.Tensor_mode", "div.Scalar_mode"),
+    **each_name(_floor_divide, "floor_divide.default", "floor_divide.Scalar"),
+    **each_name(_remainder, *_arithmetic("remainder")),
+    **each_name(_pow, "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar"),
+    **each_name(_pow, "float_power.Tensor_Scalar"),
+    **each_name(lambda b, out, x: _pow(b, out, x, 2), "square.default"),
+    **each_name(_clamp, "clamp.default", "clamp.Tensor"),
+    **each_name(lambda b, out, x, low=-1, high=1: _clamp(b, out, x, low, high), "hardtanh.default"),
+    **each_name(lambda b, out, x, low: _clamp(b, out, x, low), "clamp_min.default", "clamp_min.Tensor"),
+    **each_name(lambda b, out, x, high: _clamp(b, out, x, None, high), "clamp_max.default", "clamp_max.Tensor"),
+    **each_name(_binary("Min"), "minimum.default", "min.other"),
+    **each_name(_binary("Max"), "maximum.default", "max.other"),
+    **each_name(_logical("And"), "logical_and.default"),
+    **each_name(_logical("Or"), "logical_or.default"),
+    **each_name(_logical("Xor"), "logical_xor.default"),
+    **each_name(lambda b, out, x: b.op("Not", b.cast(x, torch.bool)), "logical_not.default"),
+    **each_name(_bitwise("And"), *_arithmetic("bitwise_and"), "__and__.Tensor"),
+    **each_name(_bitwise("Or"), *_arithmetic("bitwise_or"), "__or__.Tensor"),
+    **each_name(_not, "bitwise_not.default"),
+    **each_name(_keep("IsNaN"), "isnan.default"),
+    **each_name(_keep("IsInf"), "isinf.default"),
+    **each_name(_where, "where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar"),
+    **each_name(_masked_fill, "masked_fill.Scalar", "masked_fill.Tensor"),
+    **each_name(
         _convert,
         "_to_copy.default",
         "to.dtype",
@@ -327,32 +319,32 @@ OPERATORS: dict[str, Emit] = {
         "lift_fresh_copy.default",
         "lift_fresh.default",
     ),
-    **_each_name(_dropout, "dropout.default", "feature_dropout.default"),
-    **_each_name(_rsqrt, "rsqrt.default"),
-    **_each_name(_expm1, "expm1.default"),
-    **_each_name(_log1p, "log1p.default"),
-    **_each_name(_softplus, "softplus.default"),
-    **_each_name(_silu, "silu.default"),
-    **_each_name(_gelu, "gelu.default"),
-    **_each_name(_leaky_relu, "leaky_relu.default"),
-    **_each_name(_elu, "elu.default"),
-    **_each_name(lambda b, out, x: _clamp(b, out, x, 0, 6), "relu6.default"),
+    **each_name(_dropout, "dropout.default", "feature_dropout.default"),
+    **each_name(_rsqrt, "rsqrt.default"),
+    **each_name(_expm1, "expm1.default"),
+    **each_name(_log1p, "log1p.default"),
+    **each_name(_softplus, "softplus.default"),
+    **each_name(_silu, "silu.default"),
+    **each_name(_gelu, "gelu.default"),
+    **each_name(_leaky_relu, "leaky_relu.default"),
+    **each_name(_elu, "elu.default"),
+    **each_name(lambda b, out, x: _clamp(b, out, x, 0, 6), "relu6.default"),
     "camshaft.glu.default": _glu,
-    **_each_name(_reduce("ReduceMean"), "mean.dim"),
-    **_each_name(_reduce("ReduceSum"), "sum.dim_IntList"),
-    **_each_name(_reduce("ReduceMax"), "amax.default"),
-    **_each_name(_reduce("ReduceMin"), "amin.default"),
-    **_each_name(_reduce_all("ReduceMean"), "mean.default"),
-    **_each_name(_reduce_all("ReduceSum"), "sum.default"),
-    **_each_name(_reduce_all("ReduceMax"), "max.default"),
-    **_each_name(_reduce_all("ReduceMin"), "min.default"),
-    **_each_name(_extreme("Max"), "max.dim"),
-    **_each_name(_extreme("Min"), "min.dim"),
-    **_each_name(_argmax("ArgMax"), "argmax.default"),
-    **_each_name(_argmax("ArgMin"), "argmin.default"),
-    **_each_name(_vector_norm, "linalg_vector_norm.default"),
-    **_each_name(_cumsum, "cumsum.default"),
-    **_each_name(_softmax("Softmax"), "softmax.int", "_softmax.default"),
-    **_each_name(_softmax("LogSoftmax"), "log_softmax.int", "_log_softmax.default"),
+    **each_name(_reduce("ReduceMean"), "mean.dim"),
+    **each_name(_reduce("ReduceSum"), "sum.dim_IntList"),
+    **each_name(_reduce("ReduceMax"), "amax.default"),
+    **each_name(_reduce("ReduceMin"), "amin.default"),
+    **each_name(_reduce_all("ReduceMean"), "mean.default"),
+    **each_name(_reduce_all("ReduceSum"), "sum.default"),
+    **each_name(_reduce_all("ReduceMax"), "max.default"),
+    **each_name(_reduce_all("ReduceMin"), "min.default"),
+    **each_name(_extreme("Max"), "max.dim"),
+    **each_name(_extreme("Min"), "min.dim"),
+    **each_name(_argmax("ArgMax"), "argmax.default"),
+    **each_name(_argmax("ArgMin"), "argmin.default"),
+    **each_name(_vector_norm, "linalg_vector_norm.default"),
+    **each_name(_cumsum, "cumsum.default"),
+    **each_name(_softmax("Softmax"), "softmax.int", "_softmax.default"),
+    **each_name(_softmax("LogSoftmax"), "log_softmax.int", "_log_softmax.default"),
 }
 """Operator names to the functions that write them."""

@@ -22,6 +22,8 @@ SIZE = 36
 _CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """Compute capabilities by bit of the mask."""
 
+_COMMON = 0b11110  # 8.0 to 12.0: what every release sets when it is given none (0x3e in 1.4, 0x7e in 1.6)
+
 
 @dataclass(frozen=True)
 class EngineHeader:
@@ -49,6 +51,11 @@ class EngineHeader:
     def version_text(self) -> str:
         """The version as TensorRT writes it: 1.6.1.120."""
         return ".".join(map(str, self.version))
+
+    @property
+    def portable(self) -> bool:
+        """Whether it was built for no GPU in particular; such an engine also runs on some that the mask has no bit for (9.0)."""
+        return self.capability_mask & _COMMON == _COMMON
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -127,11 +127,13 @@ def _log_of(name: str) -> Any:
         severity.VERBOSE: logging.DEBUG,
     }
 
-    class PythonLog(trt.ILogger):  # type: ignore[misc]
+    base: Any = trt.ILogger
+
+    class PythonLog(base):
         """TensorRT's messages to Python's logging; an error that somebody collects is not shown as well."""
 
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self.listeners: list[list[str]] = []
 
         def log(self, severity: Any, message: str) -> None:

@@ -206,7 +206,7 @@ def _missing(library: Library, graph: fx.Graph, specs: Mapping[fx.Node, Any]) ->
 def _unsupported(node: fx.Node, library: Library, spec_of: Any) -> str | None:
     maker, builder = new_network(library)
     try:
-        values = {}
+        values: dict[fx.Node, Any] = {}
         for operand in node.all_input_nodes:
             values[operand] = _as_inputs(builder, operand, spec_of(operand), f"x{len(values)}")
         builder.node(node, values, spec_of(node))

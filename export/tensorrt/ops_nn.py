@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,18 +104,11 @@ def _rope(b: Builder, out: Spec, x: Value, cos: Value, sin: Value, interleaved: 
 def _linear(b: Builder, out: Spec, x: Value, weight: Value, bias: Value | None = None) -> Value:
     if len(weight.shape) != 2:
         raise UnsupportedError(f"linear with a weight {list(weight.shape)}")
-    rows = b.reshape(x, (-1 if not x.shape else _count(x.shape[:-1]), x.shape[-1]))
+    rows = b.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
     made = b.matmul(rows, weight, transpose_y=True)
     if bias is not None:
         made = b.elementwise("SUM", made, bias, out.dtype)
     return b.reshape(made, out.shape)
-
-
-def _count(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _matmul(b: Builder, out: Spec, x: Value, y: Value) -> Value:
@@ -130,8 +124,8 @@ def _addmm(b: Builder, out: Spec, bias: Value, x: Value, y: Value, *, beta: floa
     if alpha == 1 and beta == 1:
         return b.elementwise("SUM", product, bias, out.dtype)
     dtype = compute_dtype(out.dtype)
-    scaled = [b.elementwise("PROD", item, factor, dtype) for item, factor in ((product, alpha), (bias, beta))]
-    return b.cast(b.elementwise("SUM", *scaled, dtype), out.dtype)
+    left, right = b.elementwise("PROD", product, alpha, dtype), b.elementwise("PROD", bias, beta, dtype)
+    return b.cast(b.elementwise("SUM", left, right, dtype), out.dtype)
 
 
 def _einsum(b: Builder, out: Spec, equation: str, tensors: Sequence[Value], path: Any = None) -> Value:
