@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ def compile(
     max_batch_tokens: int | None = None,
     max_sequences: int | None = None,
     block_size: int = 16,
+    buckets: Sequence[int] | None = None,
+    capabilities: Sequence[str] | None = None,
     cache: bool = True,
     verify: bool = False,
     dump_dir: str | Path | None = None,
@@ -39,13 +41,17 @@ def compile(
         model: a Hugging Face directory or hub id, "demo" for the bundled model, a Transformers causal LM in memory, or (with
             `example_inputs`) any nn.Module.
         example_inputs: tensors for the module's forward; a callable `CompiledModule` is returned instead of an Engine.
-        target: "auto" (measured), "eager", "inductor" (CPU, CUDA) or "onnxruntime" (CPU).
+        target: "auto" (measured), "eager", "inductor" (CPU, CUDA), "onnxruntime" (CPU) or "tensorrt" (CUDA; it is built
+            without a GPU too, and then saved).
         device: "cpu" or "cuda"; None: CUDA where torch sees a GPU; a module's: where its example inputs are.
         dtype: of weights and computation: "float32", "bfloat16", "float16"; None: bfloat16 on CUDA, float32 on the CPU.
         max_seq_len: most tokens of one sequence, prompt and output; None: what the model knows, at most 4,096.
         max_batch_tokens: most tokens in one step; None: 8,192 on CUDA, 1,024 on the CPU.
         max_sequences: most sequences in one step; None: 256 on CUDA, 64 on the CPU.
         block_size: tokens in a KV block.
+        buckets: on CUDA, token counts that TensorRT engines are built for and decode steps are captured for; None: 1, 2, 4
+            ... max_sequences ... max_batch_tokens.
+        capabilities: compute capabilities that TensorRT engines are built for, such as "8.9"; None: any.
         cache: reuse an equal build, and keep this one for the next ($CAMSHAFT_CACHE or ~/.cache/camshaft).
         verify: run the program after each pass on the CPU and record the error in the pass table.
         dump_dir: write the graph before and after each pass there ($CAMSHAFT_DUMP does the same).
@@ -79,6 +85,8 @@ def compile(
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         block_size=block_size,
+        buckets=tuple(buckets) if buckets is not None else None,
+        capabilities=tuple(capabilities or ()),
         use_cache=cache,
         verify=verify,
         dump_dir=Path(dump) if dump else None,

@@ -151,8 +151,16 @@ def save_engine(engine: Engine, path: Path, *, overwrite: bool) -> Path:
     with atomic_directory(path, overwrite=overwrite) as work:
         (work / "plan.json").write_text(json.dumps(engine.plan.to_json(), separators=(",", ":")))
         (work / "engines").mkdir()
-        for file in set(engine.manifest.engines.values()):
+        for file in engine.manifest.engine_files:
             shutil.copyfile(engine.engine_dir / file, work / "engines" / file)
+        if "tensorrt" in engine.manifest.targets:
+            from .targets.tensorrt import KERNELS, kernels_of
+
+            kernels = kernels_of(engine.engine_dir)
+            if kernels is not None:
+                (work / "engines" / KERNELS).write_bytes(kernels)
+            elif (engine.engine_dir / KERNELS).is_file():
+                shutil.copyfile(engine.engine_dir / KERNELS, work / "engines" / KERNELS)
         if engine.tokenizer_path is not None:
             copy_tokenizer(engine.tokenizer_path, work / "tokenizer")
         placed: dict[str, str] = {}
@@ -254,7 +262,7 @@ def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
     for name in (
         "plan.json",
         *set(manifest.weights.values()),
-        *(f"engines/{file}" for file in manifest.engines.values()),
+        *(f"engines/{file}" for file in manifest.engine_files),
     ):
         if name not in manifest.files:
             raise ValueError(
@@ -278,17 +286,20 @@ def check_fit(manifest: Manifest) -> None:
             "compile the model again for the CPU, with camshaft.compile(model, device='cpu')"
         )
     device = torch.device(build.device)
-    reason = get_target(build.target).unavailable(device)
-    if reason is not None:
-        raise ValueError(f"the engine's target {build.target} cannot run here: {reason}")
-    if build.target == "inductor":
+    for name in manifest.targets:
+        reason = get_target(name).unavailable(device)
+        if reason is not None:
+            raise ValueError(f"the engine's target {name} cannot run here: {reason}")
+    if "inductor" in manifest.targets:
         here = hardware_of(device)
         for key in ("machine", "capability"):
             if manifest.hardware.get(key) != here.get(key):
                 raise ValueError(
                     f"the engine was built for {key} {manifest.hardware.get(key)}, this machine has {here.get(key)}: {fix}"
                 )
-        for package, version in get_target(build.target).versions().items():
+    for name in manifest.targets:
+        exact = get_target(name).versions() if name in ("inductor", "tensorrt") else {}
+        for package, version in exact.items():
             if manifest.versions.get(package) != version:
                 raise ValueError(
                     f"the engine was built with {package} {manifest.versions.get(package)}, here is {version}: {fix}"

@@ -22,12 +22,13 @@ from torch import Tensor
 from ..graph.program import CacheSpec, Program
 from ..graph.weights import WeightMap
 from ..passes.bisect import random_row, relative_error, run_row
+from .buckets import varying_size
 from .engine import Engine
 from .executor import StepContext
 from .kernels import dispatch, reference
 from .partition import partition
 from .segment import AttentionStep, Plan, Segment, SegmentStep
-from .targets.base import Bound, Lowered, LoweringError, Target, get_target
+from .targets.base import Bound, Lowered, LoweringError, LowerRequest, Target, get_target
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def bisect_target(
     if reason is not None:
         raise ValueError(f"target {chosen.name} cannot run on {device.type}: {reason}")
     assert program.cache is not None, "bisect_target takes a program behind page_attention"
-    plan = partition(program, chosen.supports)
+    plan = partition(program, chosen.supports, split_rows=chosen.fixed_sizes)
     with tempfile.TemporaryDirectory(prefix="camshaft-bisect-") as directory, torch.inference_mode():
         lowered, problems = _lower(plan, chosen, device, Path(directory), num_tokens, on_progress)
         walk = _Walk(plan, program.weights, program.cache, device, tolerance, lowered, problems)
@@ -121,11 +122,18 @@ def _lower(
         try:
             if owner.extension:
                 file = directory / f"{segment.id}.{owner.extension}"
-                file.write_bytes(owner.lower(segment, device, max(num_tokens, 16)))
+                file.write_bytes(owner.lower(segment, _request(segment, owner, device, num_tokens)).data)
             lowered[segment.id] = owner.load(segment, file, device)
         except LoweringError as error:
             problems[segment.id] = str(error)
     return lowered, problems
+
+
+def _request(segment: Segment, target: Target, device: torch.device, num_tokens: int) -> LowerRequest:
+    """Every row of the one batch is sampled, so all sizes that vary are `num_tokens`."""
+    symbol = varying_size(segment) if target.fixed_sizes else None
+    sizes = {symbol: num_tokens} if symbol else None
+    return LowerRequest(device=device, max_tokens=max(num_tokens, 16), sizes=sizes)
 
 
 class _Walk:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +19,18 @@ from ..models.huggingface import ModelSource, open_model, trace_decoder
 from ..passes.manager import PassManager
 from ..passes.pipeline import decoder_passes
 from . import cache
-from .choose import choose_target
+from .buckets import default_buckets
+from .choose import Lowering, lower_program
 from .engine import Engine
-from .lower import lower_plan
 from .manifest import FORMAT_VERSION, BuildConfig, Manifest, ModelFacts, hardware_of
-from .partition import partition
 from .targets.base import available_targets, get_target
+from .timer import Progress, Timer
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_MAX_SEQ_LEN = 4096
 """Longest sequence that an engine is built for unless told otherwise, in tokens (less where the model knows less)."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +47,22 @@ class BuildRequest:
     use_cache: bool = True
     verify: bool = False
     dump_dir: Path | None = None
+    buckets: tuple[int, ...] | None = None
+    capabilities: tuple[str, ...] = ()
 
 
-def resolve_device(name: str | torch.device | None) -> torch.device:
-    """The device to build for: CUDA where torch sees a GPU, else the CPU. Raises ValueError for one that is not there."""
-    device = torch.device(name) if name is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def resolve_device(name: str | torch.device | None, target: str = "auto") -> torch.device:
+    """The device to build for: CUDA where torch sees a GPU, else the CPU. TensorRT engines are built for a GPU without one.
+
+    Raises ValueError for a device that is not there.
+    """
+    ahead = target == "tensorrt"
+    if name is None:
+        name = "cuda" if ahead or torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is {device}; allowed: 'cpu', 'cuda'")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not ahead and not torch.cuda.is_available():
         raise ValueError(
             "device is cuda, but torch sees no CUDA device; use device='cpu', or install a CUDA build of torch"
         )
@@ -77,8 +81,8 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
 
 def build_engine(model: Any, request: BuildRequest, progress: Progress | None = None) -> Engine:
     """Compiles a decoder; see `camshaft.compile`."""
-    timer = _Timer(progress)
-    device = resolve_device(request.device)
+    timer = Timer(progress)
+    device = resolve_device(request.device, request.target)
     dtype = resolve_dtype(request.dtype, device)
     timer.begin("opening the model")
     source = open_model(model, dtype)
@@ -117,39 +121,29 @@ def _lower(
     facts: ModelFacts,
     key: str,
     request: BuildRequest,
-    timer: _Timer,
+    timer: Timer,
 ) -> Engine:
     device = torch.device(config.device)
     assert program.cache is not None
     work = Path(tempfile.mkdtemp(prefix="camshaft-build-"))
     kept = False
     try:
-        timer.begin("choosing the target" if config.target == "auto" else "partitioning")
-        report: list[str] = []
-        if config.target == "auto":
-            name, report = choose_target(program, device, config)
-            config = replace(config, target=name)
-        plan = partition(program, get_target(config.target).supports)
-        timer.begin("lowering")
-        engines = lower_plan(plan, config.target, device, work / "engines", config.max_batch_tokens, timer.progress)
+        lowering = lower_program(program, config, work / "engines", timer, use_cache=request.use_cache)
         timer.end()
-        versions = {
-            "torch": str(torch.__version__),
-            "transformers": _version("transformers"),
-            **get_target(config.target).versions(),
-        }
+        plan = lowering.plan
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             camshaft_version=__version__,
-            versions=versions,
+            versions=_versions(lowering),
             hardware=hardware_of(device),
-            build=config,
+            build=replace(config, target=lowering.target),
             model=facts,
             cache=program.cache,
             passes=program.history,
-            report=tuple([*report, *plan.report]),
+            report=(*lowering.report, *plan.report),
             timings=timer.seconds,
-            engines=engines,
+            engines=lowering.files,
+            choices=lowering.choices,
         )
         if request.use_cache:
             entry = cache.store(key, manifest, plan, program.weights, work / "engines")
@@ -161,6 +155,14 @@ def _lower(
     finally:
         if not kept:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _versions(lowering: Lowering) -> dict[str, str]:
+    """The packages that a build depends on."""
+    versions = {"torch": str(torch.__version__), "transformers": _version("transformers")}
+    for name in {lowering.target, *(file.target for file in lowering.files)} - {"auto"}:
+        versions |= get_target(name).versions()
+    return versions
 
 
 def _version(package: str) -> str:
@@ -199,6 +201,8 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
             raise ValueError(
                 f"target {request.target} cannot run on {device.type}: {reason}. Targets that can: {', '.join(usable)}, auto"
             )
+    if request.capabilities and request.target != "tensorrt":
+        raise ValueError(f"capabilities are for target tensorrt, and the target is {request.target}; leave them out")
     return BuildConfig(
         target=request.target,
         device=device.type,
@@ -207,7 +211,19 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
         max_batch_tokens=max_batch_tokens,
         max_sequences=max_sequences,
         block_size=request.block_size,
+        buckets=_buckets(request.buckets, max_batch_tokens, max_sequences) if on_gpu else (),
+        capabilities=request.capabilities,
     )
+
+
+def _buckets(given: tuple[int, ...] | None, max_batch_tokens: int, max_sequences: int) -> tuple[int, ...]:
+    """The token counts to build for; whatever is given, full steps are among them. Raises ValueError for impossible ones."""
+    if given is None:
+        return default_buckets(max_batch_tokens, max_sequences)
+    wrong = [size for size in given if not 1 <= size <= max_batch_tokens]
+    if wrong:
+        raise ValueError(f"buckets hold {wrong}; allowed: 1 to max_batch_tokens ({max_batch_tokens})")
+    return tuple(sorted({*given, max_batch_tokens}))
 
 
 def _identity(source: ModelSource, config: BuildConfig, request: BuildRequest) -> dict[str, Any]:
@@ -258,29 +274,6 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-class _Timer:
-    """Wall time of each phase, in seconds, told to a progress function."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self.progress = progress
-        self._name: str | None = None
-        self._start = 0.0
-
-    def begin(self, name: str) -> None:
-        """Ends the phase that runs and begins another."""
-        self.end()
-        self._name, self._start = name, time.perf_counter()
-        if self.progress is not None:
-            self.progress(name, 0, 0)
-
-    def end(self) -> None:
-        """Ends the phase that runs."""
-        if self._name is not None:
-            self.seconds[self._name] = round(time.perf_counter() - self._start, 4)
-            self._name = None
 
 
 def is_decoder(model: Any) -> bool:

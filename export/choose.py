@@ -1,4 +1,7 @@
-"""target="auto": the candidates for a machine are lowered and timed on the program's own segments, and the fastest wins."""
+"""Lowering a program for the target that was asked for, or for the fastest: `auto` times the program's own segments.
+
+CPU: one target for the whole program. CUDA: one for each segment and bucket, among engines that share a plan.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,74 @@ import logging
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..graph.program import Program
 from .lower import lower_plan
-from .manifest import BuildConfig
+from .manifest import BuildConfig, EngineFile
 from .partition import partition
 from .segment import Plan, SegmentStep
 from .targets.base import LoweringError, get_target
+from .timer import Timer
 from .trace import example_inputs
 
 logger = logging.getLogger(__name__)
 
 TOKENS = (1, 64)
-"""Batch sizes, in tokens, at which candidates are timed."""
+"""Batch sizes, in tokens, at which candidates are timed on the CPU."""
 REPEATS = 9
 
 
-def choose_target(program: Program, device: torch.device, config: BuildConfig) -> tuple[str, list[str]]:
-    """(name of the fastest target, report lines). CUDA: inductor where it can run. CPU: onnxruntime and eager are timed."""
-    if device.type == "cuda":
-        reason = get_target("inductor").unavailable(device)
-        return ("inductor", []) if reason is None else ("eager", [f"auto: inductor cannot run here ({reason}); eager"])
+@dataclass(frozen=True, kw_only=True)
+class Lowering:
+    """A program cut and lowered. target: the one that runs it, "auto" where several do; choices: see `Manifest.choices`."""
+
+    plan: Plan
+    target: str
+    files: tuple[EngineFile, ...]
+    report: tuple[str, ...] = ()
+    choices: tuple[dict[str, Any], ...] = ()
+
+
+def lower_program(
+    program: Program, config: BuildConfig, directory: Path, timer: Timer, *, use_cache: bool = True
+) -> Lowering:
+    """Cuts and lowers a program for `config.target`; engines go into `directory`. Raises LoweringError."""
+    if config.target != "auto":
+        return _lower(program, config.target, config, directory, timer, use_cache)
+    if config.device == "cuda":
+        from .choose_cuda import lower_fastest
+
+        return lower_fastest(program, config, directory, timer, use_cache)
+    timer.begin("choosing the target")
+    name, report = _fastest_on_cpu(program, config)
+    lowering = _lower(program, name, config, directory, timer, use_cache)
+    return replace(lowering, report=tuple(report))
+
+
+def plan_for(program: Program, target_name: str) -> Plan:
+    """The program cut for a target."""
+    target = get_target(target_name)
+    return partition(program, target.supports, split_rows=target.fixed_sizes)
+
+
+def _lower(
+    program: Program, name: str, config: BuildConfig, directory: Path, timer: Timer, use_cache: bool
+) -> Lowering:
+    timer.begin("partitioning")
+    plan = plan_for(program, name)
+    timer.begin("lowering")
+    files = lower_plan(plan, name, config, directory, timer.progress, use_cache=use_cache)
+    return Lowering(plan=plan, target=name, files=files)
+
+
+def _fastest_on_cpu(program: Program, config: BuildConfig) -> tuple[str, list[str]]:
+    """(name of the fastest target, report lines): onnxruntime and eager are timed."""
+    device = torch.device(config.device)
     candidates = ["eager"]
     if config.dtype == "float32" and get_target("onnxruntime").unavailable(device) is None:
         candidates.append("onnxruntime")
@@ -41,7 +88,7 @@ def choose_target(program: Program, device: torch.device, config: BuildConfig) -
     report = []
     for name in candidates:
         try:
-            times[name] = _time(program, name, device, config)
+            times[name] = _time(program, name, config)
         except LoweringError as error:
             report.append(f"auto: {name} is out: {error}")
     best = min(times, key=lambda name: sum(times[name][t] / times["eager"][t] for t in TOKENS))
@@ -51,18 +98,18 @@ def choose_target(program: Program, device: torch.device, config: BuildConfig) -
     return best, [*report, f"auto: {best} (one layer segment, tokens: {table})"]
 
 
-def _time(program: Program, name: str, device: torch.device, config: BuildConfig) -> dict[int, float]:
+def _time(program: Program, name: str, config: BuildConfig) -> dict[int, float]:
     """Median seconds of the plan's most frequent segment at each of TOKENS."""
-    target = get_target(name)
-    plan = partition(program, target.supports)
+    device = torch.device(config.device)
+    plan = plan_for(program, name)
     step = _most_frequent(plan)
     segment = plan.segments[step.segment]
     only = Plan({segment.id: segment}, [step], [], [])
     weights = [program.weights[key].load() for key in step.weights]
     with tempfile.TemporaryDirectory(prefix="camshaft-choose-") as directory:
-        files = lower_plan(only, name, device, Path(directory), config.max_batch_tokens)
-        engine = Path(directory) / files[segment.id] if segment.id in files else None
-        bound = target.load(segment, engine, device).bind(weights)
+        files = lower_plan(only, name, config, Path(directory))
+        engine = Path(directory) / files[0].file if files else None
+        bound = get_target(name).load(segment, engine, device).bind(weights)
         result = {}
         for tokens in TOKENS:
             inputs = [

@@ -70,12 +70,14 @@ def _segment_table(engine: Engine) -> str:
     uses = Counter(step.segment for step in engine.plan.steps if isinstance(step, SegmentStep))
     rows = []
     for segment in engine.plan.segments.values():
-        file = engine.manifest.engines.get(segment.id)
-        path = engine.engine_dir / file if file is not None else None
-        size = f"{path.stat().st_size / 1024:.1f} KiB" if path is not None and path.is_file() else ""
-        kind = "PyTorch" if segment.eager else engine.config.target
-        rows.append((segment.id, uses[segment.id], kind, segment.num_weights, _operators(segment, 6), file or "", size))
-    head = ("segment", "used", "runs in", "weights", "operators", "engine file", "size")
+        files = engine.manifest.engines_of(segment.id)
+        paths = [engine.engine_dir / file.file for file in files]
+        total = sum(path.stat().st_size for path in paths if path.is_file())
+        size = f"{total / 1024:.1f} KiB" if total else ""
+        kind = "PyTorch" if segment.eager else ", ".join(dict.fromkeys(f.target for f in files)) or engine.config.target
+        name = files[0].file if len(files) == 1 else f"{len(files)} files" if files else ""
+        rows.append((segment.id, uses[segment.id], kind, segment.num_weights, _operators(segment, 6), name, size))
+    head = ("segment", "used", "runs in", "weights", "operators", "engine files", "size")
     return table_html(head, rows, text_columns=(0, 2, 4, 5))
 
 

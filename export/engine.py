@@ -21,11 +21,13 @@ from .native_step import NativeStep, make_native_step, refusal
 from .segment import Plan
 
 if TYPE_CHECKING:
-    from .cuda_graphs import DecodeGraphs
     from ..graph.display import PassTable
+    from .cuda_graphs import DecodeGraphs
 
 logger = logging.getLogger(__name__)
 
+_BYTES_PER_CAPTURED_STEP = 128 << 10
+"""Of a CUDA graph, for each segment or attention in it."""
 _UNCAPTURABLE = ("camshaft.moe",)
 """Operators whose definition reads back from the device which kernels to launch."""
 
@@ -178,6 +180,14 @@ class Engine:
         if self.uncaptured is not None:
             return None
         return self.prepare().capture(self.max_sequences)
+
+    def graph_bytes(self) -> int:
+        """Estimate of the memory that `capture` takes: the largest step's activations and the graphs themselves, in bytes."""
+        if self.uncaptured is not None:
+            return 0
+        captured = [bucket for bucket in self.config.buckets if bucket < 2 * self.max_sequences]
+        share = self.activation_bytes() * min(captured[-1], self.max_batch_tokens) // self.max_batch_tokens
+        return share + len(captured) * len(self.plan.steps) * _BYTES_PER_CAPTURED_STEP
 
     @property
     def uncaptured(self) -> str | None:

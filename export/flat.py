@@ -28,7 +28,7 @@ from ..passes.pipeline import module_passes
 from .executor import Executor
 from .partition import partition
 from .segment import Plan, Segment
-from .targets.base import Lowered, LoweringError, Target, get_target
+from .targets.base import Lowered, LoweringError, LowerRequest, Target, get_target
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +192,11 @@ def lower(flat: FlatProgram, target_name: str, device: torch.device, directory: 
     Raises LoweringError where the target fails and names no operator of the program that is to blame.
     """
     target = get_target(target_name)
+    if target.fixed_sizes and any(isinstance(size, str) for spec in flat.program.inputs for size in spec.shape):
+        raise LoweringError(
+            f"{target.name} engines take one size only, and dynamic_shapes lets sizes of {flat.program.name} vary; leave "
+            "dynamic_shapes out and compile once for each size, or use another target"
+        )
     refused: set[str] = set()
     present = {str(node.target) for node in flat.program.graph.nodes if node.op == "call_function"}
     while True:
@@ -218,7 +223,7 @@ def _lower_segment(target: Target, segment: Segment, device: torch.device, direc
         return target.load(segment, None, device)
     file = directory / f"{segment.id}.{target.extension}"
     if not file.is_file():
-        file.write_bytes(target.lower(segment, device, 0))
+        file.write_bytes(target.lower(segment, LowerRequest(device=device, max_tokens=0)).data)
     return target.load(segment, file, device)
 
 

@@ -1,79 +1,120 @@
-"""Lowering: every distinct segment of a plan becomes an engine file, in parallel where the target compiles for long."""
+"""Lowering: every distinct segment of a plan becomes engine files, several at once where the target compiles for long."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
 import os
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .manifest import hardware_of
+from .buckets import varying_size
+from .manifest import BuildConfig, EngineFile, hardware_of
 from .segment import Plan, Segment
-from .targets.base import get_target
+from .targets.base import Built, LowerRequest, Target, get_target
+from .timer import Progress
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""(what, done, total)"""
-
 
 def lower_plan(
     plan: Plan,
     target_name: str,
-    device: torch.device,
+    config: BuildConfig,
     directory: Path,
-    max_tokens: int,
     progress: Progress | None = None,
-) -> dict[str, str]:
-    """Lowers the segments into `directory` and returns segment id -> file name. Raises LoweringError."""
+    *,
+    use_cache: bool = True,
+) -> tuple[EngineFile, ...]:
+    """Lowers the segments for `config` into `directory` and returns what is there.
+
+    use_cache: engines of fixed sizes are taken from, and kept in, the cache of engines. Raises LoweringError.
+    """
     target = get_target(target_name)
     directory.mkdir(parents=True, exist_ok=True)
     segments = [segment for segment in plan.segments.values() if not segment.eager and target.extension]
-    names = {segment.id: f"{segment.id}.{target.extension}" for segment in segments}
-    workers = min(len(segments), (os.cpu_count() or 1) // 2)
-    done = 0
-    if target.name == "inductor" and device.type == "cpu" and workers > 1:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            jobs = {pool.submit(_lower_one, target_name, s, str(device), max_tokens): s for s in segments}
-            for job in as_completed(jobs):
-                (directory / names[jobs[job].id]).write_bytes(job.result())
-                done += 1
-                _tell(progress, done, len(segments))
-    else:
-        for segment in segments:
-            start = time.perf_counter()
-            (directory / names[segment.id]).write_bytes(target.lower(segment, device, max_tokens))
-            logger.debug("segment %s lowered in %.2f s", segment.id, time.perf_counter() - start)
-            done += 1
-            _tell(progress, done, len(segments))
-    return names
+    jobs = [job for segment in segments for job in _jobs(segment, target, config)]
+    files: dict[int, EngineFile] = {}
+    for index, built in _build_all(target, jobs, use_cache):
+        segment, request = jobs[index]
+        size = next(iter(request.sizes.values()), None) if request.sizes else None
+        name = f"{segment.id}{'' if size is None else f'-{size}'}.{target.extension}"
+        (directory / name).write_bytes(built.data)
+        files[index] = EngineFile(segment=segment.id, target=target.name, file=name, tokens=size, details=built.details)
+        if progress is not None:
+            progress(f"lowering segments ({target.name})", len(files), len(jobs))
+    return tuple(files[index] for index in sorted(files))
 
 
-def _tell(progress: Progress | None, done: int, total: int) -> None:
-    if progress is not None:
-        progress("lowering segments", done, total)
+def _jobs(segment: Segment, target: Target, config: BuildConfig) -> list[tuple[Segment, LowerRequest]]:
+    request = LowerRequest(
+        device=torch.device(config.device), max_tokens=config.max_batch_tokens, capabilities=config.capabilities
+    )
+    symbol = varying_size(segment) if target.fixed_sizes else None
+    if symbol is None:
+        return [(segment, request)]
+    return [(segment, dataclasses.replace(request, sizes={symbol: size})) for size in config.buckets]
 
 
-def _lower_one(target_name: str, segment: Segment, device: str, max_tokens: int) -> bytes:
-    return get_target(target_name).lower(segment, torch.device(device), max_tokens)
+def _build_all(
+    target: Target, jobs: Sequence[tuple[Segment, LowerRequest]], use_cache: bool
+) -> Iterator[tuple[int, Built]]:
+    """(index of the job, what was built) as they are ready."""
+    cache = None
+    if target.fixed_sizes and use_cache:
+        from .engine_cache import EngineCache
+
+        cache = EngineCache(target.name, target.versions())
+    missing = []
+    for index, (segment, request) in enumerate(jobs):
+        found = cache.find(segment, request) if cache is not None else None
+        if found is not None:
+            yield index, found
+        else:
+            missing.append(index)
+    with contextlib.ExitStack() as stack:
+        pool = _pool(target, jobs, len(missing))
+        if pool is None:
+            built = ((index, _lower_one(target.name, *jobs[index])) for index in missing)
+        else:
+            stack.enter_context(pool)
+            futures = {pool.submit(_lower_one, target.name, *jobs[index]): index for index in missing}
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error the rest is not begun
+            built = ((futures[job], job.result()) for job in as_completed(futures))
+        for index, result in built:
+            if cache is not None:
+                cache.store(*jobs[index], result)
+            yield index, result
+
+
+def _pool(target: Target, jobs: Sequence[tuple[Segment, LowerRequest]], count: int) -> Executor | None:
+    """Workers for `count` builds: processes for Inductor's C++; threads for TensorRT, which leaves Python alone as it builds."""
+    cores = os.cpu_count() or 1
+    if target.name == "tensorrt" and count > 1:
+        return ThreadPoolExecutor(min(count, cores))
+    if target.name == "inductor" and jobs[0][1].device.type == "cpu" and min(count, cores // 2) > 1:
+        return ProcessPoolExecutor(min(count, cores // 2), mp_context=multiprocessing.get_context("spawn"))
+    return None
+
+
+def _lower_one(target_name: str, segment: Segment, request: LowerRequest) -> Built:
+    return get_target(target_name).lower(segment, request)
 
 
 def relower(engine: Engine) -> None:
     """Lowers an engine's segments again for this machine; its files stay as they are.
 
-    A target or device that is not here is replaced by the default one, which is logged.
+    A target that is not here is replaced by the default one, which is logged.
     """
     build = engine.manifest.build
     device = torch.device(build.device)
@@ -82,21 +123,32 @@ def relower(engine: Engine) -> None:
             f"the engine holds {build.dtype} weights for a GPU and torch sees none; compile the checkpoint for the CPU, "
             "with camshaft.compile(model, device='cpu')"
         )
-    target = build.target
-    reason = get_target(target).unavailable(device)
-    if reason is not None:
-        logger.warning("target %s cannot run here (%s); the engine is rebuilt for eager", target, reason)
-        target = "eager"
     directory = Path(tempfile.mkdtemp(prefix="camshaft-engines-"))
-    engines = lower_plan(engine.plan, target, device, directory, build.max_batch_tokens)
-    engine.engine_dir = directory
     engine.remove_with_engine(directory)
-    versions = {**engine.manifest.versions, **get_target(target).versions()}
+    files: list[EngineFile] = []
+    versions = dict(engine.manifest.versions)
+    for name in engine.manifest.targets:
+        reason = get_target(name).unavailable(device)
+        if reason is not None:
+            logger.warning("target %s cannot run here (%s); the engine is rebuilt without it", name, reason)
+            continue
+        files += lower_plan(engine.plan, name, build, directory)
+        versions |= get_target(name).versions()
+    target = build.target if files or build.target == "eager" else _substitute(device)
+    if not files and target != "eager":
+        files += lower_plan(engine.plan, target, build, directory)
+        versions |= get_target(target).versions()
+    engine.engine_dir = directory
     engine.manifest = dataclasses.replace(
         engine.manifest,
-        engines=engines,
+        engines=tuple(files),
         build=dataclasses.replace(build, target=target),
         hardware=hardware_of(device),
         versions=versions,
     )
-    engine._target = get_target(target)
+
+
+def _substitute(device: torch.device) -> str:
+    """The target that takes the place of one that is not here."""
+    usable = device.type == "cuda" and get_target("inductor").unavailable(device) is None
+    return "inductor" if usable else "eager"

@@ -35,6 +35,25 @@ class BuildConfig:
     """Most sequences in one step (no new build: a smaller number can be given when an engine is loaded)."""
     block_size: int
     """Tokens in a KV block."""
+    buckets: tuple[int, ...] = ()
+    """Token counts that engines of fixed size are built for and CUDA graphs are captured for, ascending; () on the CPU."""
+    capabilities: tuple[str, ...] = ()
+    """Compute capabilities that TensorRT engines are built for, such as "8.9"; (): engines that run on any GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFile:
+    """A lowered segment in the engine directory."""
+
+    segment: str
+    """Id of the segment: the hash of its graph."""
+    target: str
+    """Which target made it and runs it."""
+    file: str
+    tokens: int | None = None
+    """The only size that it takes (tokens, or rows of logits); None: any size."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the target tells of it, such as its layers by type and the seconds that it took to build."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +88,30 @@ class Manifest:
     report: tuple[str, ...]
     timings: dict[str, float]
     """Seconds of each phase of the build."""
-    engines: dict[str, str]
-    """Segment id -> engine file, for segments that have one."""
+    engines: tuple[EngineFile, ...]
+    """The lowered segments, for targets that store any."""
+    choices: tuple[dict[str, Any], ...] = ()
+    """What `auto` measured: segment, tokens, ms per target, and the target that it chose."""
     weights: dict[str, str] = field(default_factory=dict)
     """Weight name -> safetensors file."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """File -> {"sha256": hex digits, "bytes": size}."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets whose engines it holds; the build's target where there are none."""
+        return tuple(dict.fromkeys(file.target for file in self.engines)) or (self.build.target,)
+
+    def engines_of(self, segment: str) -> tuple[EngineFile, ...]:
+        """The engine files of one segment, by size."""
+        return tuple(
+            sorted((file for file in self.engines if file.segment == segment), key=lambda file: file.tokens or 0)
+        )
+
+    @property
+    def engine_files(self) -> tuple[str, ...]:
+        """Names of the engine files, each once."""
+        return tuple(dict.fromkeys(file.file for file in self.engines))
 
     def to_json(self) -> str:
         """The manifest as JSON text."""
@@ -102,8 +139,12 @@ class Manifest:
                 LayerCache(**{**layer, "dtype": getattr(torch, layer["dtype"])}) for layer in cache["layers"]
             )
             model = data.pop("model")
+            build = data.pop("build")
+            lists = {key: tuple(build.get(key, ())) for key in ("buckets", "capabilities")}
             return cls(
-                build=BuildConfig(**data.pop("build")),
+                build=BuildConfig(**{**build, **lists}),
+                engines=tuple(EngineFile(**entry) for entry in data.pop("engines")),
+                choices=tuple(data.pop("choices", ())),
                 model=ModelFacts(**{**model, "eos_token_ids": tuple(model["eos_token_ids"])}),
                 cache=CacheSpec(layers=layers, block_size=cache["block_size"]),
                 passes=tuple(PassRecord(**record) for record in data.pop("passes")),
@@ -116,6 +157,8 @@ class Manifest:
 
 def hardware_of(device: torch.device) -> dict[str, str]:
     """What an engine depends on: kind, name and compute capability of a GPU; machine and vector ISA of a CPU."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return {"device": "cuda", "name": "any GPU"}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return {"device": "cuda", "name": torch.cuda.get_device_name(device), "capability": f"{major}.{minor}"}

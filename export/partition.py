@@ -27,15 +27,18 @@ _SYM_SIZE = torch.ops.aten.sym_size.int
 
 @dataclass
 class _Piece:
-    """Consecutive nodes of one kind: "dense", "eager" or "attention"."""
+    """Consecutive nodes of one kind: "dense", "eager", "rows" (the choice of sampled rows, in PyTorch) or "attention"."""
 
     kind: str
     nodes: list[fx.Node] = field(default_factory=list)
 
 
-def partition(program: Program, supports: Callable[[fx.Node], bool]) -> Plan:
-    """Cuts `program` into a Plan; `supports(node)` says whether the target lowers a node."""
-    pieces = _pieces(program, supports)
+def partition(program: Program, supports: Callable[[fx.Node], bool], *, split_rows: bool = False) -> Plan:
+    """Cuts `program` into a Plan; `supports(node)` says whether the target lowers a node.
+
+    split_rows: also cuts where the rows that are sampled are taken, so that one size at most varies in each segment.
+    """
+    pieces = _pieces(program, supports, split_rows)
     output = next(node for node in program.graph.nodes if node.op == "output")
     results = list(output.args[0])
     symbols = _symbol_names(program)
@@ -81,8 +84,9 @@ def _is_size(node: fx.Node) -> bool:
     return node.op == "call_function" and not isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
 
 
-def _pieces(program: Program, supports: Callable[[fx.Node], bool]) -> list[_Piece]:
+def _pieces(program: Program, supports: Callable[[fx.Node], bool], split_rows: bool) -> list[_Piece]:
     pieces: list[_Piece] = []
+    sample_rows = next((node for node, spec in program.placeholders() if spec.key == "sample_rows"), None)
     for node in program.graph.nodes:
         if node.op != "call_function" or _is_size(node):
             continue
@@ -93,7 +97,10 @@ def _pieces(program: Program, supports: Callable[[fx.Node], bool]) -> list[_Piec
             owner = next(piece for piece in pieces if node.args[0] in piece.nodes)
             owner.nodes.append(node)
             continue
-        kind = "dense" if supports(node) else "eager"
+        if split_rows and sample_rows is not None and sample_rows in node.all_input_nodes:
+            kind = "rows"
+        else:
+            kind = "dense" if supports(node) else "eager"
         if not pieces or pieces[-1].kind != kind:
             pieces.append(_Piece(kind))
         pieces[-1].nodes.append(node)
@@ -162,7 +169,7 @@ class _Builder:
             self._copy(node)
         self.graph.output(tuple(self.made[node] for node in leaving))
         nodes = graph_to_json(self.graph)
-        eager = piece.kind == "eager"
+        eager = piece.kind in ("eager", "rows")
         segment = Segment(
             graph_hash(nodes) + ("e" if eager else ""),
             nodes,

@@ -102,6 +102,14 @@ class Engine(Protocol):
         """Allocates the KV tensors, one number of blocks per cache group."""
         ...
 
+    def graph_bytes(self) -> int:
+        """Estimate of the memory that `capture` takes."""
+        ...
+
+    def capture(self) -> object | None:
+        """Captures decode steps as CUDA graphs, where the engine can."""
+        ...
+
     def step(self, batch: Batch) -> torch.Tensor:
         """Runs the model: writes the new tokens' keys and values and returns logits [R, V] float32 on `device`."""
         ...

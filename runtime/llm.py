@@ -97,6 +97,7 @@ class LLM:
         chunked_prefill: bool = True,
         max_chunk_tokens: int | None = None,
         enable_prefix_cache: bool = True,
+        cuda_graphs: bool = True,
         seed: int = 0,
         trace: str | Path | None = None,
         **compile_kwargs: Any,
@@ -105,8 +106,9 @@ class LLM:
         chunk = min(max_chunk_tokens or engine.max_batch_tokens, engine.max_batch_tokens)
         engine.prepare()
         plan = plan_cache(
-            engine, max_chunk_tokens=chunk, kv_cache_bytes=kv_cache_bytes, memory_fraction=memory_fraction
-        )
+            engine, max_chunk_tokens=chunk, kv_cache_bytes=kv_cache_bytes, memory_fraction=memory_fraction,
+            graph_bytes=engine.graph_bytes() if cuda_graphs else 0,
+        )  # fmt: skip
         self.memory = plan.ledger
         """Where the device's memory goes."""
         groups = tuple(
@@ -124,6 +126,8 @@ class LLM:
             enable_prefix_cache=enable_prefix_cache,
         )
         engine.bind_cache(plan.num_blocks)
+        if cuda_graphs:
+            engine.capture()
         self.tokenizer = _tokenizer_of(engine)
         """None where the engine came without one: then prompts are token ids and outputs have no text."""
         self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,12 +28,14 @@ from .common import (
     resolve_model,
     table,
 )
+from .engines import choice_table, engine_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..export.bisect import EngineCheck
     from ..export.engine import Engine
+    from ..export.manifest import EngineFile, Manifest
     from ..export.segment import Plan
 
 EXAMPLES = "Example: [bold]camshaft build demo -o demo.engine --verify[/]"
@@ -51,6 +54,23 @@ def build(
     max_batch_tokens: BatchTokensOption = None,
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
+    buckets: Annotated[
+        str | None,
+        typer.Option(
+            "--buckets",
+            metavar="N,N,...",
+            help="Token counts to build TensorRT engines and capture CUDA graphs for. Default: 1, 2, 4 ... "
+            "max-sequences ... max-batch-tokens.",
+        ),
+    ] = None,
+    capabilities: Annotated[
+        str | None,
+        typer.Option(
+            "--capabilities",
+            metavar="8.9,12.0",
+            help="Compute capabilities to build TensorRT engines for. Default: engines that run on any.",
+        ),
+    ] = None,
     no_cache: NoCacheOption = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the engine that is there.")] = False,
     verify: Annotated[
@@ -65,7 +85,11 @@ def build(
         Path | None, typer.Option("--dump", metavar="DIR", help="Write the graph before and after each pass there.")
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Also print the operators of each segment and every file.")
+        bool,
+        typer.Option(
+            "--report",
+            help="Also print the operators of each segment, every engine, what auto measured, and every file.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,13 +107,15 @@ def build(
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
             block_size=16 if block_size is None else block_size,
+            buckets=_numbers(buckets),
+            capabilities=capabilities.split(",") if capabilities else None,
             cache=not no_cache,
             verify=verify,
             dump_dir=dump,
         )
         engine.save(out, overwrite=overwrite)
         check = verify_engine(engine, resolve_model(model)) if verify else None
-        saved = camshaft.load(out, verify=False)
+        saved = _saved(engine, out)
         to.document = _document(saved, out, check)
         _print(to, saved, out, report)
         if check is not None:
@@ -98,10 +124,28 @@ def build(
                 raise typer.Exit(1)
 
 
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--buckets is {text!r}; give numbers of tokens, such as 1,8,64")
+    return [int(part) for part in parts]
+
+
 def _check_free(path: Path, overwrite: bool) -> None:
     """Refuses a taken path before the work, not after it."""
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists; give --overwrite to replace an engine, or another path")
+
+
+def _saved(engine: Engine, path: Path) -> Engine:
+    """The engine with the manifest that was written; nothing is opened, which the machine may not be able to."""
+    from ..export.engine import Engine
+    from ..export.manifest import Manifest
+
+    manifest = Manifest.from_json((path / "manifest.json").read_text(), path / "manifest.json")
+    return Engine(manifest, engine.plan, engine.weights, path / "engines", None)
 
 
 def verify_engine(engine: Engine, model: str) -> EngineCheck:
@@ -128,43 +172,52 @@ def print_check(to: Output, check: EngineCheck) -> None:
         to.print("find the cause with `camshaft bisect MODEL`")
 
 
-def segment_table(plan: Plan, engines: dict[str, str], sizes: dict[str, int], *, operators: bool) -> Table:
-    """The distinct segments: how often each runs, weights, operators, and the size of its engine file."""
+def segment_table(plan: Plan, manifest: Manifest, sizes: dict[str, int], *, operators: bool) -> Table:
+    """The distinct segments: how often each runs, weights, operators, what runs it, and the size of its engine files."""
     from ..export.bisect import operators_text
     from ..export.segment import SegmentStep
 
     uses = Counter(step.segment for step in plan.steps if isinstance(step, SegmentStep))
     rows = []
     for key, segment in plan.segments.items():
-        file = engines.get(key)
-        size = format_bytes(sizes[file]) if file in sizes else "-"
+        files = manifest.engines_of(key)
+        total = sum(sizes.get(file.file, 0) for file in files)
         row: list[object] = [
             key,
             uses[key],
             len(segment.operators),
             segment.num_weights,
-            size,
-            "PyTorch" if segment.eager else "",
+            format_bytes(total) if total else "-",
+            "PyTorch" if segment.eager else runs_in(files) or manifest.build.target,
         ]
         rows.append([*row, operators_text(segment, 99 if operators else 5)])
     attention = sum(not isinstance(step, SegmentStep) for step in plan.steps)
     title = f"Segments: {len(plan.segments)} distinct, {sum(uses.values())} runs and {attention} attentions per step"
-    return table(title, ["segment", "runs", "operators", "weights", "engine", "", "mostly"], rows, left=(0, 5, 6))
+    return table(title, ["segment", "runs", "operators", "weights", "size", "runs in", "mostly"], rows, left=(0, 5, 6))
+
+
+def runs_in(files: Sequence[EngineFile]) -> str:
+    """The targets of a segment's engine files, with their number where there are several: "tensorrt x 21"."""
+    counts = Counter(file.target for file in files)
+    return ", ".join(name if count == 1 else f"{name} x {count}" for name, count in counts.items())
 
 
 def engine_sizes(engine: Engine) -> dict[str, int]:
     """Engine file -> bytes."""
-    return {file: (engine.engine_dir / file).stat().st_size for file in set(engine.manifest.engines.values())}
+    return {file: (engine.engine_dir / file).stat().st_size for file in engine.manifest.engine_files}
 
 
 def _print(to: Output, engine: Engine, out: Path, report: bool) -> None:
     manifest = engine.manifest
     to.console.print(pass_table(manifest.passes))
-    to.console.print(segment_table(engine.plan, manifest.engines, engine_sizes(engine), operators=report))
+    to.console.print(segment_table(engine.plan, manifest, engine_sizes(engine), operators=report))
     for line in manifest.report:
         to.print(f"note: {line}")
     to.print("time: " + timings_text(manifest.timings))
     if report:
+        to.console.print(engine_table(engine.plan, manifest, engine_sizes(engine)))
+        if manifest.choices:
+            to.console.print(choice_table(manifest))
         rows = [[name, format_bytes(facts["bytes"])] for name, facts in manifest.files.items()]
         to.console.print(table("Files", ["file", "size"], rows))
     build = engine.config
@@ -196,6 +249,7 @@ def _document(engine: Engine, out: Path, check: EngineCheck | None) -> dict[str,
         "passes": [dataclasses.asdict(record) for record in manifest.passes],
         "num_segments": len(engine.plan.segments),
         "report": list(manifest.report),
+        "choices": list(manifest.choices),
         "timings": manifest.timings,
         "weights_bytes": engine.weights_bytes,
         "files": manifest.files,

@@ -74,7 +74,7 @@ def _explain(to: Output, engine: Engine, seconds: float) -> None:
     )
     to.print("time: " + timings_text(manifest.timings))
     to.console.print(pass_table(manifest.passes))
-    to.console.print(segment_table(engine.plan, manifest.engines, engine_sizes(engine), operators=False))
+    to.console.print(segment_table(engine.plan, manifest, engine_sizes(engine), operators=False))
 
 
 def choose_prompts(entries: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

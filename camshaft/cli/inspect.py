@@ -12,6 +12,7 @@ import typer
 
 from .build import segment_table, timings_text
 from .common import JsonOption, Output, format_bytes, output, pass_table, table
+from .engines import choice_table, engine_document, engine_table
 
 if TYPE_CHECKING:
     from ..export.manifest import Manifest
@@ -35,6 +36,10 @@ def inspect(
     ] = None,
     passes: Annotated[bool, typer.Option("--passes", help="Only the passes that ran.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Only the weights: name, file.")] = False,
+    engines: Annotated[
+        bool,
+        typer.Option("--engines", help="Only the engine files: inputs, layers, size, build time; what auto measured."),
+    ] = False,
     files: Annotated[bool, typer.Option("--files", help="Only the files: size, sha256.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -56,6 +61,12 @@ def inspect(
                 for r in rows
             ]
             to.console.print(table("Weights", ["weight", "dtype", "shape", "size", "file"], cells, left=(0, 1, 4)))
+        elif engines:
+            document = _document(manifest, plan)
+            to.document = {key: document[key] for key in ("segments", "choices")}
+            to.console.print(engine_table(plan, manifest, _sizes(manifest)))
+            if manifest.choices:
+                to.console.print(choice_table(manifest))
         elif files:
             to.document = {"files": manifest.files}
             cells = [
@@ -141,6 +152,11 @@ def _weights(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
     return rows
 
 
+def _sizes(manifest: Manifest) -> dict[str, int]:
+    """Engine file -> bytes."""
+    return {name.removeprefix("engines/"): facts["bytes"] for name, facts in manifest.files.items()}
+
+
 def _groups(manifest: Manifest) -> list[dict[str, int]]:
     cache = manifest.cache
     return [
@@ -153,12 +169,13 @@ def _document(manifest: Manifest, plan: Plan) -> dict[str, Any]:
     from ..export.segment import SegmentStep
 
     uses = Counter(step.segment for step in plan.steps if isinstance(step, SegmentStep))
+    sizes = _sizes(manifest)
     segments = [
         {
             "id": key,
             "runs": uses[key],
             "eager": segment.eager,
-            "engine": manifest.engines.get(key),
+            "engines": [engine_document(file, segment, sizes.get(file.file)) for file in manifest.engines_of(key)],
             "num_weights": segment.num_weights,
             "operators": dict(Counter(segment.operators).most_common()),
         }
@@ -177,6 +194,7 @@ def _document(manifest: Manifest, plan: Plan) -> dict[str, Any]:
         "cache": {"block_size": manifest.cache.block_size, "groups": _groups(manifest)},
         "report": list(manifest.report),
         "timings": manifest.timings,
+        "choices": list(manifest.choices),
         "files": manifest.files,
     }
 
@@ -203,8 +221,7 @@ def _summary(to: Output, path: Path, manifest: Manifest, plan: Plan) -> None:
     ]
     to.console.print(table(str(path), ["", ""], lines, left=(0, 1)))
     to.console.print(pass_table(manifest.passes))
-    sizes = {name.removeprefix("engines/"): facts["bytes"] for name, facts in manifest.files.items()}
-    to.console.print(segment_table(plan, manifest.engines, sizes, operators=False))
+    to.console.print(segment_table(plan, manifest, _sizes(manifest), operators=False))
     rows = []
     for group in _groups(manifest):
         window = f"{group['window']} tokens" if group["window"] else "full"

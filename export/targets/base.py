@@ -6,7 +6,8 @@ A target lowers a segment once (`lower`, at build time: bytes to store), opens i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,28 @@ class LoweringError(RuntimeError):
         self.operators = operators
 
 
+@dataclass(frozen=True)
+class Built:
+    """A lowered segment. data: the engine file's content. details: what is known of it, for the manifest."""
+
+    data: bytes
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerRequest:
+    """What a segment is lowered for.
+
+    device: where it will run. max_tokens: the most rows that it gets. sizes: fixed values of the sizes that vary, or None if they
+    stay open. capabilities: compute capabilities to build for; (): any.
+    """
+
+    device: torch.device
+    max_tokens: int
+    sizes: Mapping[str, int] | None = None
+    capabilities: tuple[str, ...] = ()
+
+
 class Lowered(Protocol):
     """A lowered segment, ready to be bound."""
 
@@ -42,12 +65,14 @@ class Target(Protocol):
     """A way to run segments.
 
     name: what stands in the manifest. extension: of the engine files, "" where a segment needs none. min_tokens: the fewest
-    rows that a lowered segment takes; the engine pads to it.
+    rows that a lowered segment takes; the engine pads to it. fixed_sizes: whether each engine takes one size only, so that one
+    is built for every bucket.
     """
 
     name: str
     extension: str
     min_tokens: int
+    fixed_sizes: bool
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this target cannot run here (what is missing and how to get it), or None if it can."""
@@ -61,8 +86,8 @@ class Target(Protocol):
         """Whether a node can be lowered; others run in PyTorch beside it."""
         ...
 
-    def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
-        """The engine of a segment, as bytes to store. Raises LoweringError."""
+    def lower(self, segment: Segment, request: LowerRequest) -> Built:
+        """The engine of a segment. Raises LoweringError."""
         ...
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
@@ -70,12 +95,26 @@ class Target(Protocol):
         ...
 
 
+def node_signature(node: fx.Node) -> str:
+    """What decides whether a node can be lowered: its operator, its arguments, and what its operands are."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"{value.dtype}{[size if isinstance(size, int) else '?' for size in value.shape]}"
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(text, value))}]"
+        return repr(value) if isinstance(value, bool | int | float | None) else "?"
+
+    return f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda item: text(item.meta.get('val')))}"
+
+
 def _table() -> dict[str, Any]:
     from .eager import EagerTarget
     from .inductor import InductorTarget
     from .onnxruntime import OnnxRuntimeTarget
+    from .tensorrt import TensorRtTarget
 
-    return {target.name: target for target in (EagerTarget, InductorTarget, OnnxRuntimeTarget)}
+    return {target.name: target for target in (EagerTarget, InductorTarget, OnnxRuntimeTarget, TensorRtTarget)}
 
 
 def get_target(name: str) -> Target:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...graph import ops
 from ..segment import Segment
-from .base import Bound
+from .base import Bound, Built, LowerRequest
 
 
 class _EagerSegment:
@@ -32,6 +32,7 @@ class EagerTarget:
     name = "eager"
     extension = ""
     min_tokens = 1
+    fixed_sizes = False
 
     def unavailable(self, device: torch.device) -> str | None:
         return None
@@ -42,8 +43,8 @@ class EagerTarget:
     def supports(self, node: fx.Node) -> bool:
         return True
 
-    def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
-        return b""
+    def lower(self, segment: Segment, request: LowerRequest) -> Built:
+        return Built(b"")
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> _EagerSegment:
         return _EagerSegment(segment, device)

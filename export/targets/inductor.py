@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ...graph import ops
 from ..segment import Segment
 from ..trace import export_segment
-from .base import Bound, Lowered, LoweringError
+from .base import Bound, Built, Lowered, LoweringError, LowerRequest
 from .inductor_source import Compiled, aligned, compile_archive, open_archive
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ class InductorTarget:
     name = "inductor"
     extension = "pt2"
     min_tokens = 2
+    fixed_sizes = False
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type == "cuda":
@@ -73,20 +74,20 @@ class InductorTarget:
     def supports(self, node: fx.Node) -> bool:
         return node.target is not _MOE  # the number of tokens of an expert is known only at run time
 
-    def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
+    def lower(self, segment: Segment, request: LowerRequest) -> Built:
         from torch._inductor import aoti_compile_and_package
 
         buffer = io.BytesIO()
         try:
-            exported = export_segment(segment, device, max_tokens, ops.inline)
-            if device.type == "cuda":
-                return compile_archive(exported)
+            exported = export_segment(segment, request.device, request.max_tokens, ops.inline)
+            if request.device.type == "cuda":
+                return Built(compile_archive(exported))
             aoti_compile_and_package(exported, package_path=buffer)
         except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
             raise LoweringError(
                 f"Inductor could not compile segment {segment.id}: {str(error).splitlines()[0]}"
             ) from error
-        return buffer.getvalue()
+        return Built(buffer.getvalue())
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
         from torch._inductor import aoti_load_package

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..segment import Segment
-from .base import Bound, LoweringError
+from .base import Bound, Built, LoweringError, LowerRequest, node_signature
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class OnnxRuntimeTarget:
     name = "onnxruntime"
     extension = "onnx"
     min_tokens = 1
+    fixed_sizes = False
 
     def __init__(self) -> None:
         self._known: dict[str, bool] = {}
@@ -48,7 +49,7 @@ class OnnxRuntimeTarget:
         from .onnx_graph import UnsupportedError
 
         try:
-            key = _signature(node)
+            key = node_signature(node)
             if key not in self._known:
                 self._known[key] = _opens(node)
         except UnsupportedError as error:
@@ -56,23 +57,14 @@ class OnnxRuntimeTarget:
             return False
         return self._known[key]
 
-    def lower(self, segment: Segment, device: torch.device, max_tokens: int) -> bytes:
+    def lower(self, segment: Segment, request: LowerRequest) -> Built:
         from .onnx_graph import segment_to_onnx
 
-        return segment_to_onnx(segment)
+        return Built(segment_to_onnx(segment))
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> _OnnxSegment:
         assert engine is not None
         return _OnnxSegment(segment, engine)
-
-
-def _signature(node: fx.Node) -> str:
-    """What decides whether a node has a kernel: its operator, its arguments, and what its operands are."""
-    from .onnx_graph import describe
-
-    return (
-        f"{node.target} {fx.node.map_arg((node.args, node.kwargs), lambda item: repr(describe(item.meta.get('val'))))}"
-    )
 
 
 def _opens(node: fx.Node) -> bool:

@@ -7,9 +7,9 @@ everything around it. All engines of a process run one after another and share o
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,28 +38,37 @@ _TORCH_TYPES = {
 
 
 class TensorRtRuntime:
-    """What all engines of one device share: the TensorRT runtime, scratch memory, and the cache of compiled kernels."""
+    """What all engines of a model share: the TensorRT runtime, scratch memory, and the cache of compiled kernels.
 
-    def __init__(self, device: torch.device, library: Library | None = None) -> None:
-        self.library = library or find_library()
+    kernels: files of kernels that another runtime kept; the first that fits this machine is used.
+    """
+
+    def __init__(self, device: torch.device, kernels: Sequence[Path] = ()) -> None:
+        self.library = find_library()
         self.device = device
         self._runtime = self.library.trt.Runtime(self.library.log)
         self._scratch: list[Tensor] = []
         self._cache: Any = None
-        self._pending_cache: bytes | None = None
+        self._stored = [file for file in kernels if file.is_file()]
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------- compiled kernels
-    def restore_kernels(self, data: bytes) -> None:
-        """Takes kernels that `kernels` returned, before the first engine is opened; foreign ones are ignored by TensorRT."""
-        self._pending_cache = data
-
     def kernels(self) -> bytes | None:
-        """The kernels that were compiled so far, to be restored at the next start; None where TensorRT compiles none."""
+        """The kernels that were compiled so far, to be given to the next runtime; None where TensorRT compiles none."""
         if self._cache is None:
             return None
         memory = self._cache.serialize()
         return bytes(memory) if memory is not None else None
+
+    def keep_kernels(self, file: Path) -> None:
+        """Writes `kernels` to a file, whole or not at all, if there are more than it holds."""
+        data = self.kernels()
+        if data is None or file.is_file() and file.stat().st_size >= len(data):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.partial")
+        part.write_bytes(data)
+        part.replace(file)
 
     def _context(self, engine: Any) -> Any:
         """An execution context whose scratch memory comes from us, and whose kernels come from the cache."""
@@ -71,7 +80,7 @@ class TensorRtRuntime:
         if self.library.has_runtime_cache:
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
-                if self._pending_cache and not self._cache.deserialize(self._pending_cache):
+                if not any(self._cache.deserialize(file.read_bytes()) for file in self._stored) and self._stored:
                     logger.warning("the stored TensorRT kernels do not fit this machine; they are compiled again")
             config.set_runtime_cache(self._cache)
         return engine.create_execution_context(config)

@@ -1,0 +1,104 @@
+"""Buckets: the token counts for which engines of fixed size are built and CUDA graphs are captured.
+
+A step of T tokens runs in the smallest bucket that holds them. Decode steps are dense at the low end, where each size has its
+own best kernels; above, a step is at most half as large again as its tokens.
+
+    1 2 4 8 16 32 48 64 96 128 192 256 ... max_sequences     decode: one token a sequence, captured
+    512 768 1024 1536 2048 3072 4096 ... max_batch_tokens    chunks of prompts among them
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from .segment import Segment
+from .targets.base import Bound, Lowered, LoweringError
+
+_SMALL = (1, 2, 4, 8, 16)
+
+
+def default_buckets(max_batch_tokens: int, max_sequences: int) -> tuple[int, ...]:
+    """Ascending token counts; `max_sequences` and `max_batch_tokens` are among them."""
+    sizes = {size for size in _SMALL if size < max_batch_tokens}
+    size = 32
+    while size < max_batch_tokens:
+        sizes.update(s for s in (size, size + size // 2) if s < max_batch_tokens)
+        size *= 2
+    return tuple(sorted(sizes | {min(max_sequences, max_batch_tokens), max_batch_tokens}))
+
+
+def bucket_of(buckets: Sequence[int], count: int) -> int:
+    """The smallest bucket that holds `count`. Raises ValueError if none does."""
+    index = bisect_left(buckets, count)
+    if index == len(buckets):
+        raise ValueError(f"a step of {count} tokens; the engine was built for at most {buckets[-1] if buckets else 0}")
+    return buckets[index]
+
+
+def varying_sizes(segment: Segment) -> set[str]:
+    """The symbols of the sizes that vary in a segment's inputs: T, R, or an expression of them."""
+    return {size for entry in segment.placeholders for size in entry["shape"] if isinstance(size, str)}
+
+
+def varying_size(segment: Segment) -> str | None:
+    """The symbol of the one size that varies in a segment (T or R), None where none does.
+
+    Raises LoweringError for a segment in which several vary: it has no engine of fixed size.
+    """
+    names = varying_sizes(segment)
+    if len(names) > 1:
+        raise LoweringError(f"segment {segment.id} has several varying sizes ({', '.join(sorted(names))})")
+    return names.pop() if names else None
+
+
+class Bucketed:
+    """A segment with engines for some fixed sizes, opened when they are first needed, and maybe one for any other size.
+
+    fixed: size -> a function that opens the engine. varying: the engine for all other sizes, or None.
+    """
+
+    def __init__(self, segment: Segment, fixed: Mapping[int, Callable[[], Lowered]], varying: Lowered | None) -> None:
+        self.segment = segment
+        self._openers = dict(fixed)
+        self._opened: dict[int, Lowered] = {}
+        self._varying = varying
+        self._input, self._axis = next(
+            (
+                (index, axis)
+                for index, entry in enumerate(segment.placeholders[: segment.num_inputs])
+                for axis, size in enumerate(entry["shape"])
+                if isinstance(size, str)
+            ),
+            (0, 0),
+        )
+
+    def open(self, size: int) -> Lowered | None:
+        """The engine for a size."""
+        if size in self._openers and size not in self._opened:
+            self._opened[size] = self._openers[size]()
+        return self._opened.get(size, self._varying)
+
+    def is_fixed(self, size: int) -> bool:
+        """Whether inputs must have exactly this size, because the engine for it takes no other."""
+        return size in self._openers
+
+    def bind(self, weights: Sequence[Tensor]) -> Bound:
+        """The segment with weights; a size that no engine takes raises LoweringError when it is called."""
+        bounds: dict[int, Bound] = {}
+        index, axis = self._input, self._axis
+
+        def call(*inputs: Tensor) -> Sequence[Tensor]:
+            size = inputs[index].shape[axis]
+            if size not in bounds:
+                lowered = self.open(size)
+                if lowered is None:
+                    raise LoweringError(
+                        f"segment {self.segment.id} has no engine for {size} tokens, only for {sorted(self._openers)}"
+                    )
+                bounds[size] = lowered.bind(weights)
+            return bounds[size](*inputs)
+
+        return call

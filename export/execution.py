@@ -1,0 +1,181 @@
+"""Execution: a plan on its device, one step at a time. Steps are padded to the sizes that the opened engines take.
+
+    batch of T tokens, R rows -> padded to (T', R') -> executor -> logits [R, V]
+
+On CUDA a decode step is a graph that was captured for its bucket (`cuda_graphs`); all other steps are launched piece by piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .buckets import Bucketed, bucket_of, varying_sizes
+from .executor import Executor, StepContext
+from .manifest import EngineFile, Manifest
+from .segment import Plan, Segment
+from .targets.base import Lowered, get_target
+
+if TYPE_CHECKING:
+    from .cuda_graphs import DecodeGraphs
+
+
+def open_engines(
+    plan: Plan, files: Sequence[EngineFile], target: str, directory: Path, device: torch.device
+) -> dict[str, Lowered]:
+    """Every segment of a plan, opened; engines of fixed sizes are opened when they are first used.
+
+    target: of segments without an engine file. Raises LoweringError.
+    """
+    lowered: dict[str, Lowered] = {}
+    for segment in plan.segments.values():
+        mine = [file for file in files if file.segment == segment.id]
+        varying = next((file for file in mine if file.tokens is None), None)
+        whole: Lowered | None = None
+        if varying is not None:
+            whole = get_target(varying.target).load(segment, directory / varying.file, device)
+        elif not mine:
+            whole = get_target("eager" if segment.eager else target).load(segment, None, device)
+        fixed = {file.tokens: file for file in mine if file.tokens is not None}
+        if not fixed:
+            assert whole is not None
+            lowered[segment.id] = whole
+            continue
+
+        def opener(file: EngineFile, segment: Segment = segment) -> Lowered:
+            return get_target(file.target).load(segment, directory / file.file, device)
+
+        lowered[segment.id] = Bucketed(
+            segment, {size: lambda file=file: opener(file) for size, file in fixed.items()}, whole
+        )  # type: ignore[misc]
+    return lowered
+
+
+class StepSizes:
+    """To what a step's numbers of tokens ("T") and rows of logits ("R") are padded: to the bucket where an engine takes nothing
+    else, otherwise only to the fewest that engines of varying size take, `min_tokens`.
+    """
+
+    def __init__(self, plan: Plan, lowered: Mapping[str, Lowered], buckets: Sequence[int], min_tokens: int) -> None:
+        self._buckets = buckets
+        self._fixed: dict[str, set[int]] = {}
+        self._fewest: dict[str, int] = {}
+        for name in ("T", "R"):
+            engines = [lowered[s.id] for s in plan.segments.values() if name in varying_sizes(s) and not s.eager]
+            fixed = [{b for b in buckets if isinstance(e, Bucketed) and e.is_fixed(b)} for e in engines]
+            self._fixed[name] = set[int]().union(*fixed)
+            self._fewest[name] = 1 if engines and all(1 in sizes for sizes in fixed) else min_tokens
+
+    def padded(self, name: str, count: int) -> int:
+        """The size that `count` tokens or rows are padded to."""
+        count = max(count, self._fewest[name])
+        if self._fixed[name]:
+            bucket = bucket_of(self._buckets, count)
+            return bucket if bucket in self._fixed[name] else count
+        return count
+
+
+class Execution:
+    """A plan with its weights on the device, KV caches and, on CUDA, captured decode steps.
+
+    weights: name -> tensor on `device`.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        manifest: Manifest,
+        weights: Mapping[str, Tensor],
+        directory: Path,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self._manifest = manifest
+        self._directory = directory
+        self._inputs = list(plan.inputs)
+        target = manifest.build.target
+        self._lowered = open_engines(plan, manifest.engines, target, directory, device)
+        names = {file.target for file in manifest.engines} or {target}
+        self._sizes = StepSizes(
+            plan, self._lowered, manifest.build.buckets, max(get_target(name).min_tokens for name in names)
+        )
+        self.executor = Executor(plan, self._lowered, weights)
+        self._graphs: DecodeGraphs | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps are replayed."""
+        return self._graphs is not None
+
+    def bind_caches(self, caches: list[tuple[Tensor, Tensor]]) -> None:
+        """Takes the KV tensors of all layers; graphs that wrote to others are dropped."""
+        self._graphs = None
+        self.executor.caches = caches
+
+    def capture(self, max_sequences: int) -> DecodeGraphs:
+        """Captures a decode step for every bucket that `max_sequences` sequences can need, the largest first."""
+        from .cuda_graphs import DecodeGraphs
+
+        build, cache = self._manifest.build, self._manifest.cache
+        assert self._stream is not None
+        self._graphs = DecodeGraphs(
+            self._launch, [b for b in build.buckets if b <= bucket_of(build.buckets, max_sequences)], self._sizes,
+            num_groups=len(cache.windows), table_width=-(-build.max_seq_len // cache.block_size),
+            max_seq_len=build.max_seq_len, device=self.device, stream=self._stream,
+        )  # fmt: skip
+        if "tensorrt" in self._manifest.targets:
+            from .targets.tensorrt import keep_kernels
+
+            keep_kernels(self._directory)
+        return self._graphs
+
+    @torch.inference_mode()
+    def step(self, batch: Any) -> Tensor:
+        """Logits [R, V] float32 of a runtime Batch; keys and values are in the caches afterwards."""
+        if self._graphs is not None and self._graphs.takes(batch):
+            return self._graphs.replay(batch)
+        num_rows = batch.sample_rows.shape[0]
+        tokens = self._sizes.padded("T", batch.token_ids.shape[0]) - batch.token_ids.shape[0]
+        rows = (
+            self._sizes.padded("R", max(num_rows, 1)) - num_rows
+        )  # a chunk inside a prompt: one row, which is dropped
+        context = StepContext(
+            [(_pad(group.slot_mapping, tokens, -1), group.block_tables) for group in batch.groups],
+            batch.query_start, batch.seq_lens, batch.max_query_len, batch.max_seq_len,
+        )  # fmt: skip
+        values = {
+            "token_ids": _pad(batch.token_ids, tokens, 0)[None],
+            "positions": _pad(batch.positions, tokens, 0)[None],
+            "sample_rows": _pad(batch.sample_rows, rows, 0),
+        }
+        with self._on_stream():
+            return self._launch(values, context)[:num_rows]
+
+    def _launch(self, values: Mapping[str, Tensor], context: StepContext) -> Tensor:
+        logits = self.executor.run([values[name] for name in self._inputs], context)[0]
+        return logits[0].float()
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Work inside runs on a stream of its own, behind what was launched before and in front of what follows.
+
+        TensorRT waits for the whole device when it is launched on the default stream.
+        """
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+
+def _pad(tensor: Tensor, count: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(tensor, (0, count), value=value) if count else tensor

@@ -1,0 +1,112 @@
+"""tensorrt: a segment as TensorRT engines, one for each bucket, with weights as inputs.
+
+Engines are built from the graph without a GPU and are small, because they hold no weights; running them needs a GPU. Which of
+TensorRT and TensorRT-RTX it is, only `export/tensorrt/library.py` knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import fx
+
+from ..segment import Segment
+from .base import Built, Lowered, LoweringError, LowerRequest, node_signature
+
+if TYPE_CHECKING:
+    from ..tensorrt.runtime import TensorRtRuntime
+
+
+class TensorRtTarget:
+    """TensorRT, or TensorRT-RTX, on CUDA."""
+
+    name = "tensorrt"
+    extension = "engine"
+    min_tokens = 1
+    fixed_sizes = True
+
+    def __init__(self) -> None:
+        self._known: dict[str, bool] = {}
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "TensorRT engines run on CUDA; give device='cuda' (building them needs no GPU)"
+        from ..tensorrt.library import find_library
+
+        try:
+            find_library()
+        except LoweringError as error:
+            return str(error)
+        return None
+
+    def versions(self) -> dict[str, str]:
+        from ..tensorrt.library import find_library
+
+        library = find_library()
+        return {library.flavour: library.version}
+
+    def supports(self, node: fx.Node) -> bool:
+        from ..tensorrt.network import supports
+
+        key = node_signature(node)
+        if key not in self._known:
+            self._known[key] = supports(node)
+        return self._known[key]
+
+    def lower(self, segment: Segment, request: LowerRequest) -> Built:
+        from ..tensorrt.network import build_segment
+
+        built = build_segment(segment, request.sizes or {}, capabilities=request.capabilities)
+        return Built(built.data, {"layers": dict(built.layers), "seconds": round(built.seconds, 4)})
+
+    def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
+        assert engine is not None
+        if not torch.cuda.is_available():
+            raise LoweringError(f"{engine.name} is a TensorRT engine, and torch sees no CUDA device here to run it on")
+        return runtime_of(engine.parent).open(engine.read_bytes(), engine.name)
+
+
+_RUNTIMES: WeakValueDictionary[tuple[int, Path], TensorRtRuntime] = WeakValueDictionary()
+
+KERNELS = "tensorrt.kernels"
+"""File beside the engines: kernels that TensorRT compiled for one GPU, so that the next start compiles none."""
+
+
+def runtime_of(directory: Path) -> TensorRtRuntime:
+    """The TensorRT runtime of the engines in a directory, on the current GPU; it lives as long as one of them is open."""
+    from ..tensorrt.runtime import TensorRtRuntime
+
+    index = torch.cuda.current_device()
+    runtime = _RUNTIMES.get((index, directory))
+    if runtime is None:
+        runtime = TensorRtRuntime(torch.device("cuda", index), (directory / KERNELS, own_kernels(directory)))
+        _RUNTIMES[index, directory] = runtime
+    return runtime
+
+
+def own_kernels(directory: Path) -> Path:
+    """Where this machine keeps the kernels of the engines in a directory that came without, or from another GPU."""
+    from ..cache import cache_root
+
+    names = sorted(file.name for file in directory.glob("*.engine"))
+    name = torch.cuda.get_device_name()
+    key = hashlib.sha256(json.dumps([name, names]).encode()).hexdigest()[:24]
+    return cache_root() / "kernels" / f"{key}.kernels"
+
+
+def keep_kernels(directory: Path) -> None:
+    """Keeps what was compiled for the engines in a directory for the next start on this machine."""
+    runtime = _RUNTIMES.get((torch.cuda.current_device(), directory))
+    if runtime is not None:
+        runtime.keep_kernels(own_kernels(directory))
+
+
+def kernels_of(directory: Path) -> bytes | None:
+    """The kernels that were compiled for the engines in a directory in this process, None if there are none."""
+    found = [runtime for (_, place), runtime in _RUNTIMES.items() if place == directory]
+    return found[0].kernels() if found else None
