@@ -23,7 +23,8 @@ from .library import Library, find_library
 logger = logging.getLogger(__name__)
 
 PORTABLE_MASK = 0x3E
-"""Of an engine that was built for no GPU in particular. It also runs on GPUs that the mask has no bit for, such as 9.0."""
+"""In the mask of an engine that was built for no GPU in particular: it also runs on GPUs without a bit of their own, such as
+9.0. (Built beside a GPU, such an engine has one bit more.)"""
 
 _TORCH_TYPES = {
     "FLOAT": torch.float32,
@@ -187,7 +188,7 @@ def check_header(header: EngineHeader, library: Library, capability: tuple[int, 
         raise LoweringError(
             f"{name} was built with {library.flavour} {header.version_text}, here is {library.version}; {fix}"
         )
-    if capability is None or not library.has_compute_capabilities or header.capability_mask == PORTABLE_MASK:
+    if capability is None or not library.has_compute_capabilities or header.capability_mask & PORTABLE_MASK == PORTABLE_MASK:
         return
     here = f"{capability[0]}.{capability[1]}"
     if here not in header.capabilities:
