@@ -20,11 +20,12 @@ INF = float("inf")
 
 @dataclass
 class In:
-    """An input: shape ("T" varies), kind of values; `weight` makes it a weight of the segment."""
+    """An input: shape ("T" varies), kind of values, dtype of floats; `weight` makes it a weight of the segment."""
 
     shape: Sequence[Any]
     kind: str = "normal"
     weight: bool = False
+    dtype: torch.dtype | None = None
 
 
 @dataclass
@@ -67,12 +68,13 @@ def value(spec: In, num_tokens: int, seed: int) -> Tensor:
         return torch.rand(shape, generator=generator) > 0.5
     made = torch.randn(shape, generator=generator)
     if spec.kind == "positive":
-        return made.abs() + 0.1
+        made = made.abs() + 0.1
     if spec.kind == "halves":
-        return torch.cat([made[..., : shape[-1] // 2]] * 2, dim=-1)
+        made = torch.cat([made[..., : shape[-1] // 2]] * 2, dim=-1)
     if spec.kind == "pairs":
-        return made[..., : shape[-1] // 2].repeat_interleave(2, dim=-1)
-    return made.double() if spec.kind == "double" else made.half() if spec.kind == "half" else made
+        made = made[..., : shape[-1] // 2].repeat_interleave(2, dim=-1)
+    made = made.double() if spec.kind == "double" else made.half() if spec.kind == "half" else made
+    return made if spec.dtype is None else made.to(spec.dtype)
 
 
 def unary(names: Sequence[str], spec: In = X) -> list[Case]:

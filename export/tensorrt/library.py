@@ -25,7 +25,11 @@ FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 """The packages, the preferred one first."""
 
 _FIX = "pip install 'camshaft[tensorrt]'"
-_NOISE = "catchCudaError"  # a machine without a GPU logs it at every step of a build
+_NOISE = (
+    "catchCudaError",  # a machine without a GPU logs it at every step of a build
+    "Unused Input",  # every segment keeps all of its inputs
+    "RemoveDeadLayers",
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _log_of(name: str) -> Any:
             self.listeners: list[list[str]] = []
 
         def log(self, severity: Any, message: str) -> None:
-            level = logging.DEBUG if _NOISE in message else levels[severity]
+            level = logging.DEBUG if any(text in message for text in _NOISE) else levels[severity]
             if level >= logging.ERROR and self.listeners:
                 for listener in self.listeners:
                     listener.append(message)

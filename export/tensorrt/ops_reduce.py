@@ -70,12 +70,16 @@ MAX_TOPK = 3840
 
 
 def topk(b: Builder, x: Value, k: int, dim: int, largest: bool) -> tuple[Value, Value]:
-    """The k largest or smallest elements in order, and their int64 positions; 16-bit floats and integers keep their dtype."""
+    """The k largest or smallest elements in order, and their int64 positions. Raises UnsupportedError for too many."""
     if k > MAX_TOPK:
         raise UnsupportedError(f"the {k} largest elements, or sorting them (allowed: up to {MAX_TOPK})")
     kind = b.trt.TopKOperation.MAX if largest else b.trt.TopKOperation.MIN
-    layer = b.layer("topk", x.tensor, kind, k, 1 << (dim % len(x.shape)), b.type(torch.int64))
-    return b.value(layer, x.dtype), b.value(layer, torch.int64, 1)
+    rank = max(len(x.shape), 2)  # the layer takes no vectors
+    axis = dim % len(x.shape) + rank - len(x.shape)
+    layer = b.layer("topk", b.raise_rank(x, rank).tensor, kind, k, 1 << axis, b.type(torch.int64))
+    found = b.value(layer, x.dtype), b.value(layer, torch.int64, 1)
+    shape = (*x.shape[: dim % len(x.shape)], k, *x.shape[dim % len(x.shape) + 1 :])
+    return b.reshape(found[0], shape), b.reshape(found[1], shape)
 
 
 def _topk(

@@ -76,7 +76,7 @@ def _slice(layer: Any, x: Tensor) -> Tensor:
     assert layer.mode.name == "STRICT_BOUNDS"
     for axis, (start, size, stride) in enumerate(zip(layer.start, layer.shape, layer.stride)):
         positions = torch.arange(size) * stride + start
-        assert size == 0 or (0 <= positions.min() and positions.max() < x.shape[axis]), (layer.name, axis)
+        assert size == 0 or (positions.min() >= 0 and positions.max() < x.shape[axis]), (layer.name, axis)
         x = x.index_select(axis, positions)
     return x
 
@@ -126,7 +126,7 @@ def _gather(layer: Any, x: Tensor, indices: Tensor) -> Tensor:
     if layer.mode.name == "ELEMENT":
         return torch.gather(x, layer.axis, indices.long())
     assert layer.mode.name == "DEFAULT" and layer.num_elementwise_dims == 0
-    assert indices.numel() == 0 or (0 <= indices.min() and indices.max() < x.shape[layer.axis]), layer.name
+    assert indices.numel() == 0 or (indices.min() >= 0 and indices.max() < x.shape[layer.axis]), layer.name
     flat = x.index_select(layer.axis, indices.reshape(-1).long())
     return flat.reshape(*x.shape[: layer.axis], *indices.shape, *x.shape[layer.axis + 1 :])
 
