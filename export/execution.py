@@ -8,7 +8,9 @@ On CUDA a decode step is a graph that was captured for its bucket (`cuda_graphs`
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +126,10 @@ class Execution:
 
         build, cache = self._manifest.build, self._manifest.cache
         assert self._stream is not None
+        buckets = [b for b in build.buckets if b <= bucket_of(build.buckets, max_sequences)]
+        self.open(buckets)
         self._graphs = DecodeGraphs(
-            self._launch, [b for b in build.buckets if b <= bucket_of(build.buckets, max_sequences)], self._sizes,
+            self._launch, buckets, self._sizes,
             num_groups=len(cache.windows), table_width=-(-build.max_seq_len // cache.block_size),
             max_seq_len=build.max_seq_len, device=self.device, stream=self._stream,
         )  # fmt: skip
@@ -134,6 +138,14 @@ class Execution:
 
             keep_kernels(self._directory)
         return self._graphs
+
+    def open(self, sizes: Sequence[int]) -> None:
+        """Opens the engines of these sizes, many at once: TensorRT compiles kernels meanwhile, unless it finds them."""
+        engines = [engine for engine in self._lowered.values() if isinstance(engine, Bucketed)]
+        jobs = [(engine, size) for size in sizes for engine in engines]
+        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1) or 1) as pool:
+            for _ in pool.map(lambda job: job[0].open(job[1]), jobs):
+                pass
 
     @torch.inference_mode()
     def step(self, batch: Any) -> Tensor:

@@ -80,10 +80,11 @@ class TensorRtRuntime:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         if self.library.has_runtime_cache:
-            if self._cache is None:
-                self._cache = config.create_runtime_cache()
-                if not any(self._cache.deserialize(file.read_bytes()) for file in self._stored) and self._stored:
-                    logger.warning("the stored TensorRT kernels do not fit this machine; they are compiled again")
+            with self._lock:
+                if self._cache is None:
+                    self._cache = config.create_runtime_cache()
+                    if not any(self._cache.deserialize(file.read_bytes()) for file in self._stored) and self._stored:
+                        logger.warning("the stored TensorRT kernels do not fit this machine; they are compiled again")
             config.set_runtime_cache(self._cache)
         return engine.create_execution_context(config)
 
@@ -92,7 +93,7 @@ class TensorRtRuntime:
         """Opens an engine; its header is checked first. Raises LoweringError, which says what does not fit."""
         header = EngineHeader.parse(data)
         check_header(header, self.library, torch.cuda.get_device_capability(self.device), name)
-        with self.library.messages() as errors, self._lock, torch.cuda.device(self.device):
+        with self.library.messages() as errors, torch.cuda.device(self.device):
             engine = self._runtime.deserialize_cuda_engine(data)
             context = self._context(engine) if engine is not None else None
             if context is None:
@@ -100,7 +101,8 @@ class TensorRtRuntime:
                     f"{name}: TensorRT does not open the engine ({'; '.join(errors) or 'no reason given'}); "
                     "build it again here"
                 )
-            self._reserve(int(engine.device_memory_size_v2))
+            with self._lock:
+                self._reserve(int(engine.device_memory_size_v2))
             return TensorRtEngine(self, engine, context, name)
 
     def _reserve(self, size: int) -> None:
@@ -188,7 +190,11 @@ def check_header(header: EngineHeader, library: Library, capability: tuple[int, 
         raise LoweringError(
             f"{name} was built with {library.flavour} {header.version_text}, here is {library.version}; {fix}"
         )
-    if capability is None or not library.has_compute_capabilities or header.capability_mask & PORTABLE_MASK == PORTABLE_MASK:
+    if (
+        capability is None
+        or not library.has_compute_capabilities
+        or header.capability_mask & PORTABLE_MASK == PORTABLE_MASK
+    ):
         return
     here = f"{capability[0]}.{capability[1]}"
     if here not in header.capabilities:
