@@ -206,10 +206,10 @@ def _moe(
     size = static(up.shape[axis], "a hidden size")
     hidden = _expert_gate(b, hidden, size, axis, x.dtype, activation, gated, interleaved)
     made = b.cast(Value(project(hidden, down, down_bias), x.dtype, ()), weight.dtype)
-    # an index of E (a choice that is masked) is outside of OneHot's range: all off
-    chosen = b.op(
-        "OneHot", index, b.constant(experts, torch.int64), b.constant([0, 1], weight.dtype), axis=-1
-    )  # [T, K, E]
+    # an index of E (a choice that is masked) is outside of OneHot's range: all off. Float32, for OneHot knows no bfloat16.
+    switch = b.constant([0, 1], torch.float32)
+    chosen = b.op("OneHot", index, b.constant(experts, torch.int64), switch, axis=-1)  # [T, K, E]
+    chosen = b.cast(Value(chosen, torch.float32, ()), weight.dtype)
     share = b.op("ReduceSum", b.op("Mul", chosen, b.op("Unsqueeze", weight, b.ints(-1))), b.ints(1), keepdims=0)
     share = b.op("Unsqueeze", b.op("Transpose", share, perm=[1, 0]), b.ints(axis))
     total = b.op("ReduceSum", b.op("Mul", made, share), b.ints(0), keepdims=0)

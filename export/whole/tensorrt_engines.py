@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..tensorrt.library import Library
     from ..tensorrt.network import BuiltEngine
     from .export import Piece
+    from .tensorrt_operators import WholeBuilder
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -83,36 +84,48 @@ def _used_weights(pieces: list[Piece]) -> dict[str, Weight]:
 
 def build_engine(library: Library, piece: Piece, *, baked: bool) -> BuiltEngine:
     """The engine of one program. Raises ValueError for an operator that has no layers, and LoweringError."""
+    from ..tensorrt.network import serialize
+
+    maker, builder, kept = emit_network(library, piece, baked=baked)
+    built = serialize(maker, builder)
+    del kept  # TensorRT reads constants when it builds
+    return built
+
+
+def emit_network(library: Library, piece: Piece, *, baked: bool) -> tuple[Any, WholeBuilder, list[Tensor]]:
+    """The network of one program: TensorRT's builder, ours, and the baked weights, which must live until the engine is built.
+
+    Raises ValueError for an operator that has no layers.
+    """
     from ..emitter import UnsupportedError
     from ..tensorrt.builder import Value
-    from ..tensorrt.network import new_network, serialize
+    from ..tensorrt.network import new_network
     from .tensorrt_operators import WholeBuilder
 
     program, interface = piece.program, piece.interface
     maker, plain = new_network(library)
     builder = WholeBuilder(library, plain.network)
-    names = {spec.name: interface.name_of(spec) for spec in program.inputs if spec.kind != "weight"}
-    shapes = {tensor.name: tensor for tensor in interface.inputs}
+    nodes = {interface.name_of(spec): node for node, spec in program.placeholders() if spec.kind != "weight"}
     values: dict[fx.Node, Any] = {}
-    kept: list[Tensor] = []  # TensorRT reads constants when it builds
+    kept: list[Tensor] = []
     for tensor in interface.inputs:  # their order in the network is that of export.json
-        node = next(node for node, spec in program.placeholders() if names.get(spec.name) == tensor.name)
-        sizes = [size for size in shapes[tensor.name].shape if isinstance(size, int)]
-        values[node] = builder.input(tensor.name, tensor.torch_dtype, sizes)
+        sizes = [size for size in tensor.shape if isinstance(size, int)]
+        assert len(sizes) == len(tensor.shape), tensor
+        values[nodes[tensor.name]] = builder.input(tensor.name, tensor.torch_dtype, sizes)
+    for node, spec in program.placeholders("weight"):
+        weight = program.weights[spec.key]
+        if baked:
+            kept.append(weight.load().detach().cpu().contiguous())
+            values[node] = Value(weight.dtype, weight.shape, _constant(builder, kept[-1]))
+        else:
+            values[node] = builder.input(spec.key, weight.dtype, weight.shape)
     try:
-        for node, spec in program.placeholders("weight"):
-            weight = program.weights[spec.key]
-            if baked:
-                kept.append(weight.load().detach().cpu().contiguous())
-                values[node] = Value(weight.dtype, weight.shape, _constant(builder, kept[-1]))
-            else:
-                values[node] = builder.input(spec.key, weight.dtype, weight.shape)
         results = builder.graph(program.graph, values)
     except UnsupportedError as error:
         raise ValueError(_explain(program, error)) from error
     for value, tensor in zip(results, interface.outputs, strict=True):
         builder.output(value, tensor.name)
-    return serialize(maker, builder)
+    return maker, builder, kept
 
 
 def _constant(builder: Any, tensor: Tensor) -> Any:

@@ -1,8 +1,5 @@
-"""Layers for the operators that only a whole graph has: caches that are updated in place, and masked attention.
+"""Layers for the operators that only a whole graph has: caches, which `tensorrt.kv_cache` writes, and masked attention.
 
-update_cache:      KVCacheUpdate (cache [B, G, L, D], update [B, G, S, D], start [B] int32); its output shares the cache's memory
-write_blocks:      ScatterND(cache [N, P, G, D], (slot / P, slot % P) [T, 2], update [T, G, D])
-read_blocks:       Gather(cache, block_tables) -> [B, W, P, G, D] -> [B, G, W * P, D]
 masked_attention:  IAttention with a mask (16-bit floats; no sinks, bias or soft cap), else products and softmax in fp32
 """
 
@@ -17,6 +14,7 @@ from torch import fx
 from ...graph.serialize import target_name
 from ..emitter import call_emitter
 from ..tensorrt.builder import Builder, Emit, Spec, Value
+from ..tensorrt.kv_cache import gather_blocks, kv_cache_update, scatter_blocks
 from ..tensorrt.ops_attention import can_fuse, fused_attention
 
 _FLOAT = torch.float32
@@ -39,25 +37,15 @@ class WholeBuilder(Builder):
 
 # -------------------------------------------------------------------------------------------------------------- caches
 def _update_cache(b: Builder, out: Spec, cache: Value, update: Value, start: Value) -> Value:
-    mode = b.trt.KVCacheMode.LINEAR
-    layer = b.layer("kv_cache_update", cache.tensor, update.tensor, b.cast(start, torch.int32).tensor, mode)
-    return b.value(layer, cache.dtype)
+    return kv_cache_update(b, cache, update, b.cast(start, torch.int32))
 
 
 def _write_blocks(b: Builder, out: Spec, cache: Value, update: Value, slots: Value) -> Value:
-    size = cache.shape[1]
-    slots = b.cast(slots, torch.int32)
-    block = b.elementwise("FLOOR_DIV", slots, size, torch.int32)
-    offset = b.elementwise("SUB", slots, b.elementwise("PROD", block, size, torch.int32), torch.int32)
-    where = b.concat([b.reshape(item, (*slots.shape, 1)) for item in (block, offset)], 1)
-    layer = b.layer("scatter", cache.tensor, where.tensor, update.tensor, b.trt.ScatterMode.ND)
-    return b.value(layer, cache.dtype)
+    return scatter_blocks(b, cache, update, b.cast(slots, torch.int32))
 
 
 def _read_blocks(b: Builder, out: Spec, cache: Value, tables: Value) -> Value:
-    blocks = b.gather(cache, b.cast(tables, torch.int32), 0)
-    batch, _, _, heads, size = blocks.shape
-    return b.transpose(b.reshape(blocks, (batch, out.shape[2], heads, size)), 1, 2)
+    return gather_blocks(b, cache, b.cast(tables, torch.int32))
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
