@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native_program import Instruction, Program, Unsupported, coalesce, evaluate, rows_of
+from .native_program import Instruction, Program, Unsupported, coalesce, evaluate
 
 _UNARY = (
     "neg",
@@ -55,7 +55,7 @@ class Translator:
     Values are meta tensors (in the arena) or real ones (constants: weights and what is computed of weights alone).
     """
 
-    def __init__(self, program: Program, linear_weight: Callable[[Tensor], tuple[Tensor, int]]) -> None:
+    def __init__(self, program: Program, linear_weight: Callable[[Tensor], tuple[Tensor, int, int]]) -> None:
         self.program = program
         self.linear_weight = linear_weight
 
@@ -170,13 +170,14 @@ class Translator:
         if len(steps[0]) > 1:
             x = self.contiguous(x)
         step = x.stride(-2) if len(steps[0]) != 1 else steps[0][0]
-        stored, kind = self.linear_weight(weight)
+        stored, kind, per_chunk = self.linear_weight(weight)
         out = self.program.new((*lead, num_outputs))
-        rows = rows_of(weight, kind)
-        operands: list[Any] = [(out, (num_outputs, 1)), (x, (step, 1)), (stored, (stored.stride(0), 1)),
+        operands: list[Any] = [(out, (num_outputs, 1)), (x, (step, 1)), (stored, (dim, 1)),
                                None if bias is None else (bias.contiguous(), ())]  # fmt: skip
         size = (out.numel() // num_outputs, num_outputs, dim)
-        self.program.add(Instruction("LINEAR", operands, size, kind, chunks=-(-num_outputs // rows), number=(rows, 0)))
+        self.program.add(
+            Instruction("LINEAR", operands, size, kind, chunks=-(-num_outputs // per_chunk), number=(per_chunk, 0))
+        )
         return out
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:

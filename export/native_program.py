@@ -11,7 +11,6 @@ writes a new buffer, and the buffers are then laid into one arena, where one tak
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +120,7 @@ class Program:
         """Where a tensor's first element lies."""
         if not tensor.is_meta:
             return tensor.data_ptr()
-        return arena + self._buffers[_key(tensor)].offset + tensor.storage_offset() * tensor.element_size()
+        return arena + self._buffers[_key(tensor)].offset + int(tensor.storage_offset()) * tensor.element_size()
 
     def pack(self, arena: int, attention: int) -> tuple[bytes, bytes]:
         """The instructions as step.c reads them, and the arguments of attention, which will lie at `attention`."""
@@ -157,13 +156,14 @@ def translate(
     plan: Plan,
     weights: Mapping[str, Tensor],
     caches: Sequence[tuple[Tensor, Tensor]],
-    linear_weight: Callable[[Tensor], tuple[Tensor, int]],
+    linear_weight: Callable[[Tensor], tuple[Tensor, int, int]],
     num_tokens: int,
     num_rows: int,
 ) -> Program:
     """The program of a plan for T tokens and R sampled rows.
 
-    linear_weight: a weight [N, K] as the interpreter reads it, and its kind (0: float32, 1: bfloat16).
+    linear_weight: a weight [N, K] as the interpreter reads it, its kind (0: rows of float32, 1: panels of
+    bfloat16) and how many outputs a chunk computes.
     Raises Unsupported.
     """
     from .native_ops import Translator
@@ -250,9 +250,3 @@ def coalesce(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int)
 def evaluate(target: str, args: Any, kwargs: Mapping[str, Any]) -> Any:
     """An operator run by torch itself: on constants, on sizes, or a view of a meta tensor."""
     return find_target(target)(*args, **kwargs)
-
-
-def rows_of(weight: Tensor, kind: int) -> int:
-    """Outputs of a linear layer that one chunk computes, a multiple of 4: about 32 KiB of weights."""
-    row_bytes = weight.shape[1] * (2 if kind else 4)
-    return max(4, math.ceil(32768 / row_bytes / 4) * 4)

@@ -33,12 +33,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 8
-"""Most tokens of a step that runs natively; from about there on the targets' matrix products are faster."""
+MAX_TOKENS = 16
+"""Most tokens of a step that runs natively: at twice as many, ONNX Runtime's matrix products begin to be faster."""
+_MAX_PROGRAMS = 32
+"""Programs that are kept; the one written first goes first."""
 _SOURCE = Path(__file__).parent / "kernels" / "step.c"
 _STEP = struct.Struct("@P2q" + "2Pq" * 4 + "2PqP2q")  # step_t in step.c
 _GROUP = struct.Struct("@2P2q")  # group_t in step.c
 _BAD_INDEX = 6
+_ALIGN = 64
+_CHUNK_BYTES = 32768
+"""Weights that a thread takes at a time: a few microseconds of work, against tens of nanoseconds for the taking."""
 
 
 @functools.cache
@@ -52,7 +57,7 @@ def _library() -> ctypes.CDLL:
     library.camshaft_step_destroy.argtypes = [ctypes.c_void_p]
     library.camshaft_step_run.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.camshaft_step_run.restype = ctypes.c_int64
-    library.camshaft_step_lanes.restype = ctypes.c_int64
+    library.camshaft_step_panel.restype = ctypes.c_int64
     return library
 
 
@@ -73,30 +78,32 @@ def refusal(plan: Plan, build: BuildConfig) -> str | None:
 class WeightStore:
     """Weights of linear layers as the interpreter reads them, each once."""
 
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
+    def __init__(self, panel: int) -> None:
+        self.panel = panel
         self.copied_bytes = 0
-        self._stored: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor, int]] = {}
+        self._stored: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, tuple[Tensor, int, int]]] = {}
 
-    def linear(self, weight_NK: Tensor) -> tuple[Tensor, int]:
-        """(tensor, kind): bfloat16 in the layout of `weights_at` in step.c where that is exact, else float32 in place."""
+    def linear(self, weight_NK: Tensor) -> tuple[Tensor, int, int]:
+        """(tensor, kind, outputs per chunk): bfloat16 panels (drawn in step.c) where exact, else float32 in place."""
         key = (weight_NK.data_ptr(), weight_NK.shape, weight_NK.stride())
         if key not in self._stored:
             packed = self._pack(weight_NK) if sys.byteorder == "little" else None
             stored = weight_NK.contiguous() if packed is None else packed
             if stored is not weight_NK:
                 self.copied_bytes += stored.numel() * stored.element_size()
-            self._stored[key] = (weight_NK, stored, int(packed is not None))  # the weight: its address stays its own
-        return self._stored[key][1:]
+            row_bytes, step = (4 * weight_NK.shape[1], 4) if packed is None else (2 * weight_NK.shape[1], self.panel)
+            per_chunk = max(1, round(_CHUNK_BYTES / row_bytes / step)) * step
+            # the weight itself is kept so that its address stays its own
+            self._stored[key] = weight_NK, (stored, int(packed is not None), per_chunk)
+        return self._stored[key][1]
 
     def _pack(self, weight_NK: Tensor) -> Tensor | None:
         half = weight_NK.to(torch.bfloat16)
         if not torch.equal(half.float(), weight_NK):
             return None
         num_outputs, dim = half.shape
-        whole = dim // (2 * self.lanes) * 2 * self.lanes
-        blocks = half[:, :whole].reshape(num_outputs, -1, 2, self.lanes).transpose(2, 3).reshape(num_outputs, whole)
-        return torch.cat([blocks, half[:, whole:]], dim=1).contiguous()
+        half = torch.nn.functional.pad(half, (0, dim % 2, 0, -num_outputs % self.panel))
+        return half.unflatten(0, (-1, self.panel)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
 
 
 class NativeStep:
@@ -113,7 +120,7 @@ class NativeStep:
         library = _library()
         self.max_tokens = max_tokens
         self._plan, self._weights, self._vocab_size = plan, weights, vocab_size
-        self._store = WeightStore(int(library.camshaft_step_lanes()))
+        self._store = WeightStore(int(library.camshaft_step_panel()))
         self._run = library.camshaft_step_run
         self._pool = library.camshaft_step_create()
         if not self._pool:
@@ -121,6 +128,7 @@ class NativeStep:
         self._finalizer = weakref.finalize(self, library.camshaft_step_destroy, self._pool)
         self._lock = threading.Lock()
         self._caches: Sequence[tuple[Tensor, Tensor]] | None = None
+        self._arena = _arena(0)
         self._ready: dict[tuple[int, int], _Ready] = {}
 
     @property
@@ -129,9 +137,11 @@ class NativeStep:
         return self._store.copied_bytes
 
     def check(self, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Writes the largest program, and with it all copies of weights. Raises Unsupported."""
+        """Writes the largest program, for its arena and all copies of weights. Raises Unsupported."""
         with torch.inference_mode():
-            translate(self._plan, self._weights, caches, self._store.linear, self.max_tokens, self.max_tokens)
+            size = self.max_tokens
+            program = translate(self._plan, self._weights, caches, self._store.linear, size, size)
+        self._arena = _arena(program.arena_bytes)
 
     def takes(self, batch: Any) -> bool:
         """Whether a batch is of a size that runs here."""
@@ -163,16 +173,20 @@ class NativeStep:
             program = translate(
                 self._plan, self._weights, self._caches, self._store.linear, num_tokens, num_rows
             )  # fmt: skip
-        return _Ready(program, len(self._caches))
+        while len(self._ready) >= _MAX_PROGRAMS:
+            del self._ready[next(iter(self._ready))]
+        fits = program.arena_bytes + _ALIGN <= self._arena.numel()
+        arena = self._arena if fits else _arena(program.arena_bytes)  # one step at a time: programs share it
+        return _Ready(program, arena, len(self._caches))
 
 
 class _Ready:
     """A program in memory, with the buffer that a step fills in."""
 
-    def __init__(self, program: Program, num_groups: int) -> None:
+    def __init__(self, program: Program, arena: Tensor, num_groups: int) -> None:
         self.program = program
-        self.arena = torch.empty(program.arena_bytes + 64, dtype=torch.uint8)
-        base = -(-self.arena.data_ptr() // 64) * 64
+        self.arena = arena
+        base = -(-arena.data_ptr() // _ALIGN) * _ALIGN
         _, arguments = program.pack(base, 0)
         self.arguments = ctypes.create_string_buffer(arguments, max(len(arguments), 1))
         code, _ = program.pack(base, ctypes.addressof(self.arguments))
@@ -217,6 +231,10 @@ class _Ready:
         assert instruction.attention is not None
         raise_status(status, group.slot_mapping, group.block_tables, batch.query_start, batch.seq_lens,
                      instruction.attention["k_cache"])  # fmt: skip
+
+
+def _arena(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes + _ALIGN, dtype=torch.uint8)
 
 
 def _check_batch(batch: Any, num_tokens: int) -> None:

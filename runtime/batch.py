@@ -11,6 +11,7 @@ All index tensors travel in two transfers (one of int64, one of int32), from pin
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from ..export.engine import CacheGroupSpec
 from .plan import StepPlan
 from .request import Request
 
+_REPEAT_SEQUENCES = 16
+"""Most sequences of a batch of decodes that is filled in again; from about there on whole arrays are quicker."""
 _ALIGN = 32
 """Elements between the beginnings of packed tensors, so that each is 128-byte aligned on the device."""
 
@@ -141,6 +144,7 @@ class BatchBuilder:
         self._last_rows = np.zeros(0, dtype=np.int64)
         self._long = _PackedRing(torch.int64, device)
         self._short = _PackedRing(torch.int32, device)
+        self._repeat: _Repeat | None = None
 
     def release(self, request_id: str) -> None:
         """Forgets the request's block table: it ended, or its blocks were taken away."""
@@ -151,6 +155,7 @@ class BatchBuilder:
                 known[row] = 0
             self._free_rows.append(row)
             self._last_requests = ()
+            self._repeat = None
 
     def build(self, plan: StepPlan) -> Batch:
         """The batch of a plan.
@@ -160,6 +165,9 @@ class BatchBuilder:
         for request_id in plan.preempted:
             self.release(request_id)
         requests, starts_, nums_, _, logit_rows_, _ = zip(*plan.scheduled)
+        decodes = plan.num_tokens == len(requests) == sum(logit_rows_)
+        if decodes and self._repeat is not None and self._repeat.fits(requests, starts_):
+            return self._repeat.batch(starts_)
         starts = np.array(starts_, dtype=np.int64)
         nums = np.array(nums_, dtype=np.int64)
         seq_lens = starts + nums
@@ -185,7 +193,10 @@ class BatchBuilder:
         token_d, position_d, sample_d, *slot_d = self._long.pack([token_ids, positions, sample_rows, *slots])
         start_d, len_d, *table_d = self._short.pack([query_start, seq_lens, *tables])
         groups = tuple(GroupMetadata(slot, blocks) for slot, blocks in zip(slot_d, table_d, strict=True))
-        return Batch(token_d, position_d, groups, start_d, len_d, sample_d, int(nums.max()), max_seq_len)
+        batch = Batch(token_d, position_d, groups, start_d, len_d, sample_d, int(nums.max()), max_seq_len)
+        small = decodes and len(requests) <= _REPEAT_SEQUENCES and self.device.type == "cpu"
+        self._repeat = _Repeat(requests, batch, width, self.block_size) if small else None
+        return batch
 
     def _table_rows(self, requests: tuple[Request, ...]) -> npt.NDArray[np.int64]:
         """[S] each request's row in the tables, which then hold all of its blocks."""
@@ -205,6 +216,54 @@ class BatchBuilder:
                 table[row, first:last] = requests[i].block_ids[group][first:]
                 self._known[group, row] = last
         return rows
+
+
+class _Repeat:
+    """A batch of decodes on the CPU, to be filled in again while the same requests need no further block.
+
+    Between such steps only a token, a position, a length and a slot per request change: for few requests a handful of
+    numbers, where building the arrays anew costs many calls. Two sets of tensors take turns.
+    """
+
+    def __init__(self, requests: tuple[Request, ...], batch: Batch, width: int, block_size: int) -> None:
+        self._requests = requests
+        self._block_size = block_size
+        self._num_blocks = [tuple(map(len, request.block_ids)) for request in requests]
+        self._limit = width * block_size
+        self._turn = 0
+        self._sets: list[tuple[Batch, list[npt.NDArray[Any]]]] = []
+        for _ in range(2):
+            groups = tuple(GroupMetadata(group.slot_mapping.clone(), group.block_tables) for group in batch.groups)
+            copy = dataclasses.replace(
+                batch, token_ids=batch.token_ids.clone(), positions=batch.positions.clone(),
+                seq_lens=batch.seq_lens.clone(), groups=groups,
+            )  # fmt: skip
+            tensors = (copy.token_ids, copy.positions, copy.seq_lens, *(group.slot_mapping for group in groups))
+            self._sets.append((copy, [tensor.numpy() for tensor in tensors]))
+
+    def fits(self, requests: tuple[Request, ...], starts: Sequence[int]) -> bool:
+        """Whether these are the same requests, with the same blocks and no draft tokens, within the table's width."""
+        if requests != self._requests or max(starts) >= self._limit:
+            return False
+        counts = self._num_blocks
+        return all(
+            [counts[i] == tuple(map(len, r.block_ids)) and not r.draft_token_ids for i, r in enumerate(requests)]
+        )
+
+    def batch(self, starts: Sequence[int]) -> Batch:
+        """The batch in which request i computes position `starts[i]`."""
+        self._turn = 1 - self._turn
+        batch, (tokens, positions, seq_lens, *slots) = self._sets[self._turn]
+        for i, (request, start) in enumerate(zip(self._requests, starts)):
+            block, offset = divmod(start, self._block_size)
+            tokens[i] = request.all_token_ids[start]
+            positions[i] = start
+            seq_lens[i] = start + 1
+            for group, slot in enumerate(slots):
+                block_id = request.block_ids[group][block]
+                slot[i] = block_id * self._block_size + offset if block_id >= 0 else -1
+        batch.max_seq_len = max(starts) + 1
+        return batch
 
 
 def _tokens(requests: Sequence[Request], starts: Sequence[int], nums: Sequence[int]) -> list[int]:

@@ -232,10 +232,10 @@ class Sampler:
 def greedy_tokens(logits_RV: torch.Tensor) -> torch.Tensor:
     """[R] int64: the most likely token of each row (the lowest id among equals), -1 where the maximum is not finite."""
     if logits_RV.device.type == "cpu":  # over a large vocabulary NumPy's argmax takes a quarter of the time
-        indices = torch.from_numpy(logits_RV.numpy().argmax(1))
-        values = logits_RV.gather(1, indices[:, None])[:, 0]
-    else:
-        values, indices = logits_RV.max(-1)
+        logits = logits_RV.numpy()
+        best = logits.argmax(1)
+        return torch.from_numpy(np.where(np.isfinite(logits[np.arange(len(best)), best]), best, -1))
+    values, indices = logits_RV.max(-1)
     return torch.where(values.isfinite(), indices, -1)
 
 

@@ -3,7 +3,7 @@
  *     program:  | gather | rms_norm | linear | rope | rope | attention | linear | add_rms_norm | linear | glu | ...
  *
  * For few tokens a step is bound by reading the weights once. `linear` therefore reads them as bfloat16 where that
- * holds their values exactly (the copy's layout is drawn at `weights_at`), and is cut into chunks that threads take
+ * holds their values exactly (the copy's layout is drawn at WIDE), and is cut into chunks that threads take
  * from a common counter. The calling thread walks through the program and does everything else itself: it never waits
  * for a thread that has not begun, so a busy machine only makes it slower. Worker threads spin while a step runs and
  * sleep between steps.
@@ -14,11 +14,13 @@
 #include "cpu.c"
 
 #include <math.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <unistd.h>
 
 #define SPIN_LIMIT 20000    /* looks at the counter (about 0.5 ms) after which a worker sleeps until the next step */
+#define YIELD_EVERY 512     /* looks between offers of the core to others */
 #define ATTENTION_WORK 60000 /* multiply-adds below which attention stays on the calling thread */
 
 typedef struct { char *at; int64_t step[4]; } operand_t; /* step: strides */
@@ -67,94 +69,123 @@ typedef struct {
 } pool_t;
 
 /* --------------------------------------------------------------------------------------------------------- linear */
-/* Weights k .. k + 2 LANES - 1 of a row. A bfloat16 row keeps, in every 2 LANES weights, the first LANES in the low
- * halves of 32-bit words and the others in the high halves, so that a shift and a mask turn a load into two vectors:
+/* bfloat16 weights [N, K] lie in panels of WIDE outputs, so that vectors run along the outputs and nothing is summed
+ * across lanes. A panel is read from front to back, two weights of an output in each 32-bit word:
  *
- *     word i of a block:  | weight LANES + i | weight i |
+ *     k = 0, 1:  | w[0][1] w[0][0] | w[1][1] w[1][0] | ... | w[WIDE-1][1] w[WIDE-1][0] |
+ *     k = 2, 3:  | w[0][3] w[0][2] | ...
+ *
+ * A shift and a mask turn a vector of words into two of float32. Missing outputs and an odd K are filled with zeros.
  */
-INLINE void weights_at(const int half, const char *row, int64_t k, vf *first, vf *second) {
-    if (half) {
-        vi words;
-        memcpy(&words, row + 2 * k, sizeof words);
-        *first = (vf)(words << 16);
-        *second = (vf)(words & (int32_t)0xFFFF0000);
-    } else {
-        *first = load((const float *)row + k);
-        *second = load((const float *)row + k + LANES);
-    }
-}
+#define WIDE (4 * LANES)
+#define TERMS 512 /* products summed one after the other before they go into a total: keeps rounding errors small */
 
-INLINE float weight_at(const int half, const char *row, int64_t k) { /* of the rest behind the last whole block */
-    if (!half) return ((const float *)row)[k];
-    uint16_t bits;
-    memcpy(&bits, row + 2 * k, sizeof bits);
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, sizeof value);
-    return value;
-}
-
-/* out[r][0..3] = x[r] . weight rows 0..3 for `count` rows of x. */
-INLINE void linear_tile(const int half, const int count, const char *const *rows, const float *x, int64_t x_step,
-                        int64_t dim, v4 *out) {
-    vf sum[3][4], other[4];
+INLINE void panel_sums(const int count, const uint16_t *panel, const float *x, int64_t x_step, int64_t dim, vf total[3][4]) {
     for (int r = 0; r < count; r++)
-        for (int n = 0; n < 4; n++) sum[r][n] = (vf){0};
-    for (int n = 0; n < 4; n++) other[n] = (vf){0};
-    int64_t k = 0;
-    for (; k + 2 * LANES <= dim; k += 2 * LANES) {
+        for (int v = 0; v < 4; v++) total[r][v] = (vf){0};
+    for (int64_t begin = 0; begin < dim; begin += TERMS) {
+        const int64_t end = min64(begin + TERMS, dim), even = end & ~(int64_t)1;
+        vf sum[3][4], other[4];
+        for (int v = 0; v < 4; v++) {
+            other[v] = (vf){0};
+            for (int r = 0; r < count; r++) sum[r][v] = (vf){0};
+        }
+        for (int64_t k = begin; k < even; k += 2, panel += 2 * WIDE) {
 #pragma GCC unroll 4
-        for (int n = 0; n < 4; n++) {
-            vf first, second;
-            weights_at(half, rows[n], k, &first, &second);
-            if (half) __builtin_prefetch(rows[n] + 2 * k + 2048);
+            for (int v = 0; v < 4; v++) {
+                vi words;
+                memcpy(&words, panel + 2 * LANES * v, sizeof words);
+                const vf first = (vf)(words << 16), second = (vf)(words & (int32_t)0xFFFF0000);
 #pragma GCC unroll 3
-            for (int r = 0; r < count; r++) {
-                sum[r][n] += first * load(x + r * x_step + k);
-                if (count == 1) /* a second chain of additions: four alone would wait for each other */
-                    other[n] += second * load(x + k + LANES);
-                else
-                    sum[r][n] += second * load(x + r * x_step + k + LANES);
+                for (int r = 0; r < count; r++) {
+                    sum[r][v] += first * splat(x[r * x_step + k]);
+                    if (count == 1) /* a second chain of additions: four alone would wait for each other */
+                        other[v] += second * splat(x[k + 1]);
+                    else
+                        sum[r][v] += second * splat(x[r * x_step + k + 1]);
+                }
             }
         }
+        if (even < end) /* the last of an odd K */
+            for (int v = 0; v < 4; v++) {
+                vi words;
+                memcpy(&words, panel + 2 * LANES * v, sizeof words);
+                for (int r = 0; r < count; r++) sum[r][v] += (vf)(words << 16) * splat(x[r * x_step + even]);
+            }
+        for (int v = 0; v < 4; v++)
+            for (int r = 0; r < count; r++) total[r][v] += count == 1 ? sum[r][v] + other[v] : sum[r][v];
     }
-    if (count == 1)
-        for (int n = 0; n < 4; n++) sum[0][n] += other[n];
+}
+
+/* out[r][0..3] = x[r] . weight rows 0..3 for `count` rows of x; weights in float32, row by row. */
+INLINE void row_sums(const int count, const float *const *rows, const float *x, int64_t x_step, int64_t dim, v4 *out) {
+    vf sum[3][4];
+    for (int r = 0; r < count; r++)
+        for (int n = 0; n < 4; n++) sum[r][n] = (vf){0};
+    int64_t k = 0;
+    for (; k + LANES <= dim; k += LANES)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+            const vf weight = load(rows[n] + k);
+#pragma GCC unroll 3
+            for (int r = 0; r < count; r++) sum[r][n] += weight * load(x + r * x_step + k);
+        }
     for (int r = 0; r < count; r++) {
         out[r] = sums_of(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
         for (int64_t e = k; e < dim; e++)
-            out[r] += x[r * x_step + e] * (v4){weight_at(half, rows[0], e), weight_at(half, rows[1], e),
-                                               weight_at(half, rows[2], e), weight_at(half, rows[3], e)};
+            out[r] += x[r * x_step + e] * (v4){rows[0][e], rows[1][e], rows[2][e], rows[3][e]};
     }
 }
 
-/* size: {-, rows of x, outputs, dim}; x: [1] the rows, [2] weights, [3] bias or NULL; number[0]: outputs per chunk. */
-INLINE void linear_rows(const int half, const instr_t *p, int64_t begin, int64_t end) {
-    const int64_t num_rows = p->size[1], dim = p->size[3], width = half ? 2 : 4;
-    const float *bias = (const float *)p->x[3].at;
-    for (int64_t n = begin; n < end; n += 4) {
-        const char *rows[4];
-        for (int i = 0; i < 4; i++) rows[i] = p->x[2].at + min64(n + i, end - 1) * p->x[2].step[2] * width;
-        for (int64_t r = 0; r < num_rows;) {
-            const int64_t left = num_rows - r, count = left == 4 ? 2 : min64(left, 3);
-            const float *x = (const float *)p->x[1].at + r * p->x[1].step[2];
-            v4 sums[3];
-            if (count == 1) linear_tile(half, 1, rows, x, p->x[1].step[2], dim, sums);
-            else if (count == 2) linear_tile(half, 2, rows, x, p->x[1].step[2], dim, sums);
-            else linear_tile(half, 3, rows, x, p->x[1].step[2], dim, sums);
-            for (int64_t i = 0; i < count; i++) {
-                float *out = (float *)p->x[0].at + (r + i) * p->x[0].step[2];
-                for (int64_t j = n; j < min64(n + 4, end); j++) out[j] = sums[i][j - n] + (bias ? bias[j] : 0.0f);
-            }
-            r += count;
+/* out = sums + bias for outputs n .. of row r, as many as there are up to `end`. */
+INLINE void store_sums(const instr_t *p, int64_t r, int64_t n, const void *sums, int64_t count) {
+    float *out = (float *)p->x[0].at + r * p->x[0].step[2] + n;
+    memcpy(out, sums, sizeof(float) * (size_t)count);
+    if (p->x[3].at)
+        for (int64_t j = 0; j < count; j++) out[j] += ((const float *)p->x[3].at)[n + j];
+}
+
+INLINE int64_t rows_at_once(int64_t left) { return left == 4 ? 2 : min64(left, 3); }
+
+static void linear_panels(const instr_t *p, int64_t begin, int64_t end) {
+    const int64_t dim = p->size[3], x_step = p->x[1].step[2], num_rows = p->size[1];
+    for (int64_t n = begin; n < end; n += WIDE) {
+        const uint16_t *panel = (const uint16_t *)p->x[2].at + n * ((dim + 1) / 2 * 2);
+        for (int64_t r = 0, count; r < num_rows; r += count) {
+            const float *x = (const float *)p->x[1].at + r * x_step;
+            vf sums[3][4];
+            count = rows_at_once(num_rows - r);
+            if (count == 1) panel_sums(1, panel, x, x_step, dim, sums);
+            else if (count == 2) panel_sums(2, panel, x, x_step, dim, sums);
+            else panel_sums(3, panel, x, x_step, dim, sums);
+            for (int64_t i = 0; i < count; i++) store_sums(p, r + i, n, sums[i], min64(WIDE, end - n));
         }
     }
 }
 
+static void linear_rows(const instr_t *p, int64_t begin, int64_t end) {
+    const int64_t dim = p->size[3], x_step = p->x[1].step[2], num_rows = p->size[1];
+    for (int64_t n = begin; n < end; n += 4) {
+        const float *rows[4];
+        for (int i = 0; i < 4; i++) rows[i] = (const float *)p->x[2].at + min64(n + i, end - 1) * p->x[2].step[2];
+        for (int64_t r = 0, count; r < num_rows; r += count) {
+            const float *x = (const float *)p->x[1].at + r * x_step;
+            v4 sums[3];
+            count = rows_at_once(num_rows - r);
+            if (count == 1) row_sums(1, rows, x, x_step, dim, sums);
+            else if (count == 2) row_sums(2, rows, x, x_step, dim, sums);
+            else row_sums(3, rows, x, x_step, dim, sums);
+            for (int64_t i = 0; i < count; i++) store_sums(p, r + i, n, &sums[i], min64(4, end - n));
+        }
+    }
+}
+
+/* One chunk of outputs. size: {-, rows of x, outputs, K}; x: [1] the rows, [2] weights, [3] bias or NULL; kind: 1 for panels;
+ * number[0]: outputs per chunk, a multiple of WIDE for panels, of 4 for rows. */
 static void linear(const instr_t *p, int64_t chunk) {
     const int64_t begin = chunk * p->number[0], end = min64(begin + p->number[0], p->size[2]);
-    if (p->kind) linear_rows(1, p, begin, end);
-    else linear_rows(0, p, begin, end);
+    if (p->kind) linear_panels(p, begin, end);
+    else linear_rows(p, begin, end);
 }
 
 /* --------------------------------------------------------------------------------------- elementwise and along rows */
@@ -412,7 +443,8 @@ static int take_chunk(pool_t *pool) {
     return 1;
 }
 
-INLINE void relax(void) {
+INLINE void wait_a_little(int spins) {
+    if (spins % YIELD_EVERY == YIELD_EVERY - 1) sched_yield(); /* whom we wait for may be waiting for this core */
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -428,7 +460,7 @@ static void parallel(pool_t *pool, int64_t index, int64_t chunks) {
     atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
     atomic_store_explicit(&pool->ticket, (uint64_t)index << 32 | (uint64_t)chunks, memory_order_release);
     while (take_chunk(pool)) {}
-    while (atomic_load_explicit(&pool->done, memory_order_acquire) < chunks) relax();
+    for (int spins = 0; atomic_load_explicit(&pool->done, memory_order_acquire) < chunks; spins++) wait_a_little(spins);
 }
 
 static void *work(void *pointer) {
@@ -443,7 +475,7 @@ static void *work(void *pointer) {
         if (quit) return NULL;
         for (int spins = 0; spins < SPIN_LIMIT && atomic_load_explicit(&pool->running, memory_order_acquire);)
             if (take_chunk(pool)) spins = 0;
-            else spins++, relax();
+            else wait_a_little(spins++);
     }
 }
 
@@ -572,4 +604,4 @@ int64_t camshaft_step_run(pool_t *pool, step_t *step) {
     return status;
 }
 
-int64_t camshaft_step_lanes(void) { return LANES; }
+int64_t camshaft_step_panel(void) { return WIDE; } /* outputs in a panel of bfloat16 weights */
