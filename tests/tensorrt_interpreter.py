@@ -22,7 +22,7 @@ _CLASSES = {
     "SELECT": "ISelectLayer", "SHUFFLE": "IShuffleLayer", "SLICE": "ISliceLayer", "SOFTMAX": "ISoftMaxLayer",
     "TOPK": "ITopKLayer", "UNARY": "IUnaryLayer", "ATTENTION_INPUT": "IAttentionInputLayer",
     "ATTENTION_OUTPUT": "IAttentionOutputLayer", "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
-    "QUANTIZE": "IQuantizeLayer", "DEQUANTIZE": "IDequantizeLayer", "DYNAMIC_QUANTIZE": "IDynamicQuantizeLayer",
+    "QUANTIZE": "IQuantizeLayer", "DEQUANTIZE": "IDequantizeLayer",
 }  # fmt: skip
 
 
@@ -32,6 +32,10 @@ def run_network(trt: Any, network: Any, inputs: Mapping[str, Tensor]) -> dict[st
     for index in range(network.num_inputs):
         info = network.get_input(index)
         given = values[info.name]
+        if info.dtype.name in ("INT4", "FP4"):
+            values[info.name] = _unpack(given, info.dtype.name)
+            assert tuple(values[info.name].shape) == tuple(info.shape), info.name
+            continue
         assert (given.dtype, tuple(given.shape)) == (_TORCH[info.dtype.name], tuple(info.shape)), info.name
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -173,6 +177,38 @@ def _cumulative(layer: Any, x: Tensor, axis: Tensor) -> Tensor:
     return x.cumsum(int(axis), dtype=x.dtype)
 
 
+def _unpack(packed: Tensor, kind: str) -> Tensor:
+    """The numbers of 4-bit inputs, the low half of a byte first."""
+    numbers = []
+    for byte in packed.flatten().tolist():
+        for bits in (byte & 15, byte >> 4):
+            if kind == "INT4":
+                numbers.append(bits - 16 if bits & 8 else bits)
+            else:  # e2m1: sign, two bits of exponent with bias 1, one of mantissa
+                exponent, mantissa = bits >> 1 & 3, bits & 1
+                size = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+                numbers.append(-size if bits & 8 else size)
+    return torch.tensor(numbers, dtype=torch.float32).reshape(*packed.shape[:-1], packed.shape[-1] * 2)
+
+
+def _blocks(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
+    """The scale in fp32, one for each element of x."""
+    scale = scale.float()
+    if scale.dim() == 1:
+        return scale.reshape([-1 if axis == layer.axis else 1 for axis in range(x.dim())]).expand(x.shape)
+    for axis, size in enumerate(scale.shape):
+        scale = scale.repeat_interleave(x.shape[axis] // size, axis)
+    return scale.expand(x.shape)
+
+
+def _quantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
+    scaled = x.float() / _blocks(layer, x, scale)
+    if layer.to_type.name == "INT8":
+        return scaled.round().clamp(-128, 127).to(torch.int8)
+    assert layer.to_type.name == "FP8"
+    return scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
 _WITH_VALUES = ("ATTENTION_INPUT",)
 _LAYERS: dict[str, Callable[..., Any]] = {
     "ACTIVATION": _activation,
@@ -195,5 +231,7 @@ _LAYERS: dict[str, Callable[..., Any]] = {
     "UNARY": lambda layer, x: _UNARY[layer.op.name](x),
     "ATTENTION_INPUT": _attention,
     "ATTENTION_OUTPUT": lambda layer, x: x,
+    "QUANTIZE": _quantize,
+    "DEQUANTIZE": lambda layer, x, scale: (x.float() * _blocks(layer, x, scale)).to(_TORCH[layer.to_type.name]),
     "KV_CACHE_UPDATE": _kv_cache_update,
 }
