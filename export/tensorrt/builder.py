@@ -109,6 +109,8 @@ class Builder:
 
     def layer(self, kind: str, *args: Any) -> Any:
         """Adds a layer with the network's method add_<kind>. Raises UnsupportedError if TensorRT refuses it."""
+        if not self.library.has_method(f"add_{kind}"):
+            raise UnsupportedError(f"a layer {kind}, which {self.library.flavour} {self.library.version} does not have")
         with self.library.messages() as errors:
             layer = getattr(self.network, f"add_{kind}")(*args)
         if layer is None:

@@ -24,8 +24,6 @@ def kv_cache_update(b: Builder, cache: Value, update: Value, write_indices: Valu
         raise UnsupportedError("a KV cache that is not an input of the network")
     if write_indices.dtype != torch.int32:
         raise UnsupportedError(f"a KV cache with write indices of {write_indices.dtype} (allowed: int32)")
-    if not b.library.has_method("add_kv_cache_update"):
-        raise UnsupportedError(f"a KV cache in {b.library.flavour} {b.library.version} (10.15 and RTX have the layer)")
     mode = b.trt.KVCacheMode.LINEAR
     return b.value(b.layer("kv_cache_update", cache.tensor, update.tensor, write_indices.tensor, mode), cache.dtype)
 

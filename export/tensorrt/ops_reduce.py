@@ -76,10 +76,12 @@ def topk(b: Builder, x: Value, k: int, dim: int, largest: bool) -> tuple[Value, 
     kind = b.trt.TopKOperation.MAX if largest else b.trt.TopKOperation.MIN
     rank = max(len(x.shape), 2)  # the layer takes no vectors
     axis = dim % len(x.shape) + rank - len(x.shape)
-    layer = b.layer("topk", b.raise_rank(x, rank).tensor, kind, k, 1 << axis, b.type(torch.int64))
-    found = b.value(layer, x.dtype), b.value(layer, torch.int64, 1)
+    wide = hasattr(b.trt.ITopKLayer, "indices_type")  # older releases count in int32 only
+    extra = (b.type(torch.int64),) if wide else ()
+    layer = b.layer("topk", b.raise_rank(x, rank).tensor, kind, k, 1 << axis, *extra)
+    positions = b.cast(b.value(layer, torch.int64 if wide else torch.int32, 1), torch.int64)
     shape = (*x.shape[: dim % len(x.shape)], k, *x.shape[dim % len(x.shape) + 1 :])
-    return b.reshape(found[0], shape), b.reshape(found[1], shape)
+    return b.reshape(b.value(layer, x.dtype), shape), b.reshape(positions, shape)
 
 
 def _topk(
