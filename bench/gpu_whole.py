@@ -3,7 +3,7 @@
     python3 bench/gpu_whole.py --out OUT [--cases demo:linear:float32,llama:paged:bfloat16] [--processes 6]
 
 Writes OUT/gpu-whole.json: per case the tokens that agree with Transformers' eager ones in float32 and in the export's dtype, and
-what each part took. A case in float32 must agree token for token.
+what each part took; where they part, how near to a tie float32 is. A case in float32 must agree token for token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 CASES = (
     "demo:linear:bfloat16,demo:paged:bfloat16,demo:linear:float32,demo:paged:float32,demo:linear:bfloat16:baked,"
     "demo:paged:bfloat16:in-place,llama:linear:float32,gemma2:linear:float32,gemma2:paged:float32,gpt_oss:linear:float32,"
-    "gpt_oss:paged:float32,bloom:linear:float32,bloom:paged:float32,mistral:linear:float32"
+    "gpt_oss:paged:float32,bloom:linear:float32,bloom:paged:float32:in-place,mistral:linear:float32,llama:paged:float16"
 )
 NUM_TOKENS = 48
 PROMPT_LENGTHS = (45, 9)
@@ -40,6 +40,18 @@ def eager_tokens(model: Any, prompt: list[int], device: str) -> list[int]:
             tokens.append(int(out.logits[0, -1].argmax()))
             ids = torch.tensor([[tokens[-1]]], device=device)
     return tokens
+
+
+def gap(model: Any, prompt: list[int], tokens: list[int], other: list[int], device: str) -> float | None:
+    """Where the tokens part: the other token's logit less this one's, as a part of the largest; None if they do not part."""
+    import torch
+
+    at = next((i for i, (a, b) in enumerate(zip(tokens, other)) if a != b), None)
+    if at is None:
+        return None
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens[:at]], device=device)).logits[0, -1]
+    return round(float((logits[other[at]] - logits[tokens[at]]) / logits.abs().max()), 4)
 
 
 def open_case(name: str) -> Any:
@@ -95,6 +107,8 @@ def run_case(case: str, folder: Path) -> dict[str, Any]:
         entry[f"agree_{wanted}"] = [
             next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), NUM_TOKENS) for x, y in zip(tokens, rows)
         ]
+        if wanted == "float32":  # how near to a tie float32 itself is where a 16-bit export goes another way
+            entry["gap_float32"] = [gap(reference, p, x, y, device) for p, x, y in zip(prompts, tokens, rows)]
     exact = entry["agree_float32"] == [NUM_TOKENS] * len(prompts)
     return entry | {"ok": exact or dtype != "float32", "num_tokens": NUM_TOKENS}
 

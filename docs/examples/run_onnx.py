@@ -56,7 +56,8 @@ class Batch:
         last_rows = np.array([len(tokens) - 1 for tokens in new], np.int64)
         feeds = {"token_ids": token_ids, "positions": positions, "last_rows": last_rows}
         if self.paged:
-            feeds |= {"slot_mapping": slots, "block_tables": self.tables}
+            width = -(-int(self.lengths.max()) // self.block_size)  # no more entries than the longest sequence needs
+            feeds |= {"slot_mapping": slots, "block_tables": np.ascontiguousarray(self.tables[:, :width])}
         return feeds
 
 

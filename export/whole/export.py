@@ -70,8 +70,9 @@ def export_decoder(model: Any, path: Path, request: ExportRequest, progress: Pro
     tell = progress or (lambda what, done, total: None)
     if request.format == "tensorrt":
         from .tensorrt_engines import check_available
-
-        check_available()
+    else:
+        from .onnx_model import check_available
+    check_available()
     if not is_decoder(model):
         raise ValueError(f"{type(model).__name__} is no Transformers causal LM; only decoders can be exported")
     tell("opening the model", 0, 0)

@@ -27,7 +27,8 @@ class Tensor:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for export.json."""

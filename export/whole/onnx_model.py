@@ -23,10 +23,22 @@ from .interface import Interface, Tensor
 from .onnx_operators import whole_operators
 
 OPSET = 24
-"""TensorScatter is new in opset 24; ONNX Runtime has it since 1.24."""
+"""TensorScatter is new in opset 24."""
 IR_VERSION = 11
 DATA_ALIGNMENT = 4096
 """Bytes at whose multiples a weight begins, so that it can be mapped into memory."""
+
+
+def check_available() -> None:
+    """Raises ValueError where the package onnx is missing or too old, before anything else is done."""
+    fix = "pip install --upgrade 'camshaft[onnxruntime]'"
+    try:
+        import onnx
+    except ImportError as error:
+        raise ValueError(f"format 'onnx' needs the package onnx, which is not installed; {fix}") from error
+    known = onnx.defs.onnx_opset_version()
+    if known < OPSET:
+        raise ValueError(f"onnx {onnx.__version__} knows opset {known}, and the export is written in {OPSET}; {fix}")
 
 
 def write_onnx(program: Program, interface: Interface, directory: Path, name: str, facts: Mapping[str, str]) -> None:

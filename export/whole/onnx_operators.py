@@ -58,6 +58,7 @@ def _masked_attention(
     scale: float,
     softcap: float,
 ) -> str:
+    k, v, mask, bias = _seen_entries(b, k, v, mask, bias)
     if sinks is None and (bias is None or q.dtype == torch.float32):
         seen = mask.name if bias is None else b.op("Where", mask, bias, b.constant(float("-inf"), torch.float32))
         # softmax_precision 1 is float32
@@ -87,6 +88,23 @@ def _masked_attention(
     values = b.op("Unsqueeze", v, b.ints(2))
     made = b.op("MatMul", b.cast(Value(probs, f32, ()), v.dtype), values)
     return b.op("Reshape", made, b.ints(0, heads, -1, static(v.shape[3], "a head size")))
+
+
+def _seen_entries(
+    b: Builder, k: Value, v: Value, mask: Value, bias: Value | None
+) -> tuple[Value, Value, Value, Value | None]:
+    """Keys, values, mask and bias up to the last entry that any row sees: a step does not pay for the rest of a cache."""
+    i32 = torch.int32
+    seen = b.op("ReduceMax", b.cast(mask, i32), b.ints(0, 1, 2), keepdims=0)
+    size = b.op("Squeeze", b.op("Cast", b.op("Shape", mask, start=3, end=4), to=b.element_type(i32)), b.ints(0))
+    numbers = b.op("Range", b.constant(1, i32), b.op("Add", size, b.constant(1, i32)), b.constant(1, i32))
+    end = b.op("Cast", b.op("ReduceMax", b.op("Mul", seen, numbers), keepdims=1), to=b.element_type(torch.int64))
+
+    def cut(value: Value, axis: int) -> Value:
+        shape = tuple(None if at == axis else size for at, size in enumerate(value.shape))
+        return Value(b.op("Slice", value, b.ints(0), end, b.ints(axis)), value.dtype, shape)
+
+    return cut(k, 2), cut(v, 2), cut(mask, 3), None if bias is None else cut(bias, 3)
 
 
 def _softmax_with_sinks(b: Builder, scores: str, sinks: Value, groups: int, repeats: int) -> str:

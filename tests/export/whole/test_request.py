@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,14 @@ def test_full_disk_leaves_nothing(
         with pytest.raises(OSError, match="No space left"):
             camshaft.export_model(family("llama"), tmp_path / name, max_seq_len=40, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not any((tmp_path / "empty").iterdir())
+
+
+def test_onnx_missing_or_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx = pytest.importorskip("onnx")
+    monkeypatch.setattr(onnx.defs, "onnx_opset_version", lambda: 23)
+    with pytest.raises(ValueError, match="knows opset 23, and the export is written in 24; pip install"):
+        camshaft.export_model("demo", tmp_path / "m", progress=False)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match="needs the package onnx"):
+        camshaft.export_model("demo", tmp_path / "m", progress=False)
+    assert not (tmp_path / "m").exists()
