@@ -168,3 +168,36 @@ def test_prompt_logprobs_of_a_chunked_prompt():
     for position in (1, 8, 19):
         expected = torch.from_numpy(logits_of(context_hash(prompt[:position]), 101)).log_softmax(-1)
         assert abs(found[position][0] - float(expected[prompt[position]])) < 1e-4
+
+
+def test_decode_batches_are_filled_in_again():
+    """Step by step the same as from a builder that begins anew, over new blocks, a freed window and a new request."""
+    kept = builder(num_groups=2)
+    a = request("a", [1, 2, 3], [[5], [6]], output=[7])
+    b = request("b", [4, 5], [[2], [3]], output=[8])
+    rows = [a, b]
+    for step in range(14):
+        for r in rows:
+            if r.num_tokens > 4 * len(r.block_ids[0]):
+                for group, blocks in enumerate(r.block_ids):
+                    blocks.append(10 + 2 * step + group)
+            if r.num_tokens == 10:
+                r.block_ids[1][0] = -1
+        if step == 9:
+            rows.append(request("c", [9], [[30], [31]], output=[11]))
+        scheduled = plan(*(ScheduledRequest(r, r.num_tokens - 1, 1, 0, 1) for r in rows))
+        got, expected = kept.build(scheduled), builder(num_groups=2).build(scheduled)
+        for name in ("token_ids", "positions", "query_start", "seq_lens", "sample_rows"):
+            assert getattr(got, name).tolist() == getattr(expected, name).tolist(), name
+        for mine, other in zip(got.groups, expected.groups):
+            assert mine.slot_mapping.tolist() == other.slot_mapping.tolist()
+            live = torch.tensor([[block >= 0 for block in r.block_ids[0]] for r in rows[:1]]).shape[1]
+            assert mine.block_tables.shape == other.block_tables.shape and live
+        assert (got.max_query_len, got.max_seq_len) == (expected.max_query_len, expected.max_seq_len)
+        for r in rows:
+            r.output_token_ids.append(20 + step)
+            r.all_token_ids.append(20 + step)
+    kept.release("b")
+    rows.remove(b)
+    made = kept.build(plan(*(ScheduledRequest(r, r.num_tokens - 1, 1, 0, 1) for r in rows)))
+    assert made.token_ids.tolist() == [33, 33] and made.seq_lens.shape == (2,)
