@@ -133,7 +133,7 @@ class Builder:
     # ------------------------------------------------------------------------------------------------------- constants
     def constant(self, values: Any, dtype: torch.dtype, shape: Sequence[int] | None = None) -> Value:
         """A small constant of numbers; `shape` is theirs where it is not given."""
-        array = np.asarray(values)
+        array = np.asarray(values) != 0 if dtype == torch.bool else np.asarray(values)
         shape = tuple(array.shape if shape is None else shape)
         key = (array.tobytes(), array.dtype.str, dtype, shape)
         if key not in self._constants:
@@ -258,6 +258,8 @@ class Builder:
 
     def matmul(self, x: Value, y: Value, transpose_y: bool = False) -> Value:
         """A product of matrices [.., M, K] and [.., K, N] (or [.., N, K] where `transpose_y`); the rest is broadcast."""
+        if x.dtype not in (torch.float32, *HALF):
+            raise UnsupportedError(f"a matrix product of {x.dtype}")
         rank = max(len(x.shape), len(y.shape))
         x, y = self.raise_rank(x, rank), self.raise_rank(y, rank)
         if x.shape[-1] == 1:  # an outer product is exact as an elementwise one
@@ -307,6 +309,8 @@ class Builder:
             raise UnsupportedError(f"operator {name}")
         for item in spec if isinstance(spec, tuple) else (spec,):
             self.type(item.dtype)
+            if item.dtype == torch.uint8:
+                raise UnsupportedError("a result of uint8, which TensorRT takes as an input and casts, no more")
         self.scope = f"{node.name}.{name}"
         made = call_emitter(name, table[name], self, spec, *args, **kwargs)
         pairs = zip(made, spec, strict=True) if isinstance(spec, tuple) else [(made, spec)]

@@ -177,6 +177,10 @@ def _unary(kind: str) -> Emit:
     return write
 
 
+def _rounded(kind: str) -> Emit:
+    return lambda b, out, x: _unary(kind)(b, out, x) if out.dtype.is_floating_point else x
+
+
 def _negate(b: Builder, out: Spec, x: Value) -> Value:
     return b.unary("NEG", x) if out.dtype.is_floating_point else b.elementwise("SUB", 0, x, out.dtype)
 
@@ -288,9 +292,6 @@ _UNARY = {
     "log": "LOG",
     "sqrt": "SQRT",
     "reciprocal": "RECIP",
-    "floor": "FLOOR",
-    "ceil": "CEIL",
-    "round": "ROUND",
     "erf": "ERF",
     "sign": "SIGN",
 }
@@ -310,6 +311,7 @@ MATH_OPERATORS: dict[str, Emit] = {
     **{f"aten.{name}.default": _unary(kind) for name, kind in _UNARY.items()},
     **{f"aten.{name}.default": _function(name) for name in ("relu", "sigmoid", "tanh", "silu")},
     **{f"aten.{name}.{kind}": _compare(how) for name, how in _COMPARE.items() for kind in ("Tensor", "Scalar")},
+    **{f"aten.{name}.default": _rounded(name.upper()) for name in ("floor", "ceil", "round")},
     **each_name(_negate, "neg.default"),
     **each_name(_absolute, "abs.default"),
     **each_name(_binary("SUM"), *_both("add")),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..emitter import UnsupportedError
-from .builder import Builder, Emit, Spec, Value
+from .builder import HALF, Builder, Emit, Spec, Value
 from .ops_math import activate, compute_dtype
 
 
@@ -114,8 +114,6 @@ def _linear(b: Builder, out: Spec, x: Value, weight: Value, bias: Value | None =
 def _matmul(b: Builder, out: Spec, x: Value, y: Value) -> Value:
     left = b.reshape(x, (1, *x.shape)) if len(x.shape) == 1 else x
     right = b.reshape(y, (*y.shape, 1)) if len(y.shape) == 1 else y
-    if not out.dtype.is_floating_point:
-        raise UnsupportedError(f"a matrix product of {out.dtype}")
     return b.reshape(b.matmul(left, right), out.shape)
 
 
@@ -131,6 +129,8 @@ def _addmm(b: Builder, out: Spec, bias: Value, x: Value, y: Value, *, beta: floa
 def _einsum(b: Builder, out: Spec, equation: str, tensors: Sequence[Value], path: Any = None) -> Value:
     if "." in equation:
         raise UnsupportedError(f"einsum {equation!r} with an ellipsis")
+    if out.dtype not in (torch.float32, *HALF):
+        raise UnsupportedError(f"a matrix product of {out.dtype}")
     operands = [b.cast(tensor, out.dtype).tensor for tensor in tensors]
     return b.value(b.layer("einsum", operands, equation.replace(" ", "")), out.dtype)
 

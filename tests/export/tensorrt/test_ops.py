@@ -73,7 +73,8 @@ OWN_CASES = [
       (("default", []), ("dim", [-1, True]))],
     Case("aten.expand_as.default", [In([1, 1, 8]), X]), Case("aten.add.Tensor", [MASK, In([1, "T", 8], "bool")], label="bool"),
     *[Case(f"aten.bitwise_{name}.Scalar", [MASK, True], label="bool") for name in ("and", "or")],
-    Case("aten.abs.default", [IDS], label="ids"), Case("aten.neg.default", [IDS], label="ids"),
+    *[Case(f"aten.{name}.default", [IDS], label="ids") for name in ("abs", "floor", "sign", "amax", "argmax")],
+ Case("aten.neg.default", [IDS], label="ids"),
     Case("aten.index.Tensor", [Q, [None, None, In([3], "ids"), In([3], "ids")]], label="two"),
     Case("aten.matmul.default", [X, In([8])], label="vector"), Case("aten.matmul.default", [X, In([8, 1])], label="column"),
     Case("aten.argmax.default", [In([8])], label="vector"), Case("aten.mul.Tensor", [X, 0.3], label="inexact"),
@@ -167,6 +168,14 @@ def test_refused_with_the_reason(case: Case) -> None:
 @pytest.mark.parametrize("case", TESTED[::9], ids=str)
 def test_supports_accepts(case: Case) -> None:
     assert unsupported(traced(case)) is None
+
+
+def test_8_bit_integers_are_refused() -> None:
+    small = In([1, "T", 8], dtype=torch.uint8), In([5, 8], dtype=torch.int8)
+    with pytest.raises(LoweringError, match="a result of uint8"):
+        build_segment(build(Case("aten.add.Tensor", [small[0], small[0]]))[0], {"T": 7})
+    with pytest.raises(LoweringError, match="a matrix product of torch.int8"):
+        build_segment(build(Case("aten.linear.default", [small[1], small[1]]))[0], {"T": 7})
 
 
 def test_every_operator_without_layers_is_named() -> None:
