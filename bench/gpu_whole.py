@@ -113,6 +113,17 @@ def run_case(case: str, folder: Path) -> dict[str, Any]:
     return entry | {"ok": exact or dtype != "float32", "num_tokens": NUM_TOKENS}
 
 
+def versions() -> dict[str, str]:
+    """The machine and the packages."""
+    import tensorrt_rtx
+    import torch
+    import transformers
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    versions = {"torch": str(torch.__version__), "transformers": transformers.__version__}
+    return {"gpu": gpu, **versions, "tensorrt_rtx": tensorrt_rtx.__version__}
+
+
 def main() -> None:
     """Runs the cases in processes of their own, several at a time."""
     parser = argparse.ArgumentParser()
@@ -136,7 +147,7 @@ def main() -> None:
             return case, {"ok": False, "error": done.stderr[-1500:]}
         return case, json.loads(done.stdout.splitlines()[-1])
 
-    results: dict[str, Any] = {"command": "python3 " + " ".join(sys.argv)}
+    results: dict[str, Any] = {"command": "python3 " + " ".join(sys.argv), **versions()}
     with ThreadPoolExecutor(options.processes) as pool:
         for case, entry in pool.map(one, options.cases.split(",")):
             results[case] = entry

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -209,7 +210,7 @@ class _Step:
 
     def _mask(self, window: int, num_entries: Any, slopes: fx.Node | None) -> tuple[fx.Node, fx.Node | None]:
         """What rows see, [B, 1, S, L] bool, and the bias of ALiBi (Press et al. 2022) [B, H, S, L] float32 or None."""
-        add = lambda *args, **kwargs: call(self.program, *args, **kwargs)  # noqa: E731
+        add = partial(call, self.program)
         entry = self._count(num_entries)
         at = add(aten.unsqueeze.default, add(aten.unsqueeze.default, self.positions, 1), 3)
         mask = add(aten.le.Tensor, entry, at)
