@@ -43,6 +43,7 @@ def _facts(engine: Engine) -> list[Row]:
         ("model", f"{manifest.model.architecture}, {manifest.model.num_parameters / 1e6:.1f} M parameters"),
         ("target", f"{build.target} on {build.device}, {build.dtype}"),
         ("weights", f"{engine.weights_bytes / 1e6:.1f} MB"),
+        ("small steps", engine.native_step),
         ("limits", f"{build.max_seq_len} tokens a sequence, {build.max_sequences} sequences and "
                    f"{build.max_batch_tokens} tokens a step"),
         ("hardware", hardware),

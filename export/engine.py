@@ -17,7 +17,7 @@ from torch import Tensor
 from ..graph.weights import Weight
 from .execution import Execution
 from .manifest import BuildConfig, Manifest
-from .native_step import NativeStep, make_native_step, refusal
+from .native_step import NativeStep, make_native_step, outlook
 from .segment import Plan
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ class Engine:
     @property
     def native_step(self) -> str:
         """One line: which steps run as one native call, or why none do; certain once the engine is prepared."""
-        if self._native_line:
-            return self._native_line
-        reason = refusal(self.plan, self.config)
-        return f"no native step: {reason}" if reason else "native step, as far as the plan tells"
+        return self._native_line or outlook(self.plan, self.config)
 
     @property
     def cache_groups(self) -> tuple[CacheGroupSpec, ...]:

@@ -75,6 +75,12 @@ def refusal(plan: Plan, build: BuildConfig) -> str | None:
     return f"it is in {build.dtype}; native steps are in float32" if build.dtype != "float32" else None
 
 
+def outlook(plan: Plan, build: BuildConfig) -> str:
+    """One line on the native step of an engine that is not prepared yet; nothing is compiled or run for it."""
+    reason = refusal(plan, build)
+    return f"no native step: {reason}" if reason else f"native step up to {MAX_TOKENS} tokens, as far as the plan tells"
+
+
 class WeightStore:
     """Weights of linear layers as the interpreter reads them, each once."""
 

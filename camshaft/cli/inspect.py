@@ -166,6 +166,7 @@ def _groups(manifest: Manifest) -> list[dict[str, int]]:
 
 
 def _document(manifest: Manifest, plan: Plan) -> dict[str, Any]:
+    from ..export.native_step import outlook
     from ..export.segment import SegmentStep
 
     uses = Counter(step.segment for step in plan.steps if isinstance(step, SegmentStep))
@@ -192,6 +193,7 @@ def _document(manifest: Manifest, plan: Plan) -> dict[str, Any]:
         "segments": segments,
         "num_steps": len(plan.steps),
         "cache": {"block_size": manifest.cache.block_size, "groups": _groups(manifest)},
+        "native_step": outlook(plan, manifest.build),
         "report": list(manifest.report),
         "timings": manifest.timings,
         "choices": list(manifest.choices),
@@ -200,6 +202,8 @@ def _document(manifest: Manifest, plan: Plan) -> dict[str, Any]:
 
 
 def _summary(to: Output, path: Path, manifest: Manifest, plan: Plan) -> None:
+    from ..export.native_step import outlook
+
     model, build = manifest.model, manifest.build
     total = sum(facts["bytes"] for facts in manifest.files.values())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
@@ -209,6 +213,7 @@ def _summary(to: Output, path: Path, manifest: Manifest, plan: Plan) -> None:
             f"{model.name} ({model.architecture}), {model.num_parameters / 1e6:.1f} M parameters, vocabulary {model.vocab_size:,}",
         ],
         ["target", f"{build.target} on {build.device}, {build.dtype}"],
+        ["small steps", outlook(plan, build)],
         [
             "limits",
             f"{build.max_seq_len:,} tokens a sequence, {build.max_batch_tokens:,} tokens and {build.max_sequences} "

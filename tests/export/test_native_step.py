@@ -20,7 +20,7 @@ from camshaft.export.executor import Executor, StepContext
 from camshaft.export.kernels.native import NativeBuildError, find_compiler
 from camshaft.export.native_ops import supported
 from camshaft.export.native_program import Unsupported, coalesce
-from camshaft.export.native_step import MAX_TOKENS, NativeStep, refusal
+from camshaft.export.native_step import MAX_TOKENS, NativeStep, outlook, refusal
 from camshaft.export.segment import AttentionStep, Plan, Segment, SegmentStep
 from camshaft.export.targets.eager import EagerTarget
 from camshaft.graph.serialize import graph_hash, graph_to_json
@@ -445,7 +445,7 @@ def test_what_it_cannot_run_is_named() -> None:
 def test_an_engine_tells_of_its_native_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     limits = {"max_seq_len": 64, "max_batch_tokens": 16, "max_sequences": 2, "device": "cpu", "progress": False}
     engine = camshaft.compile(random_model(tiny_config("llama")), target="onnxruntime", **limits)
-    assert "native step" in engine.native_step
+    assert engine.native_step == outlook(engine.plan, engine.config)
     before = engine.weights_bytes
     with caplog.at_level("INFO", "camshaft.export.native_step"):
         engine.prepare()
