@@ -5,7 +5,8 @@
      "vtrt"                    of the whole      a.b.c.d             of compute
                                file                                  capabilities
 
-The layout is not documented; it was read off engines of TensorRT-RTX 1.4 to 1.7.
+The layout is not documented; it was read off engines of TensorRT-RTX 1.4 to 1.7. Full TensorRT was not at hand: a plan of its
+own layout is refused as foreign.
 """
 
 from __future__ import annotations
