@@ -22,13 +22,13 @@ from torch import Tensor
 from ..graph.serialize import decode_value, find_target
 from .segment import AttentionStep, Plan, SegmentStep
 
-_INSTRUCTION = struct.Struct("@3q4q2q2d" + "P4q" * 5)  # instr_t in step.c
+_INSTRUCTION = struct.Struct("@3q4q2q2d" + "P4q" * 5)  # instr_t in step_ops.c
 _ATTENTION = struct.Struct("@12P24q2d")  # args_t in cpu.c
 _ALIGN = 64
 _META = torch.device("meta")
 OPS = ("COPY", "UNARY", "BINARY", "BINARY_INT", "GATHER", "RMS_NORM", "LAYER_NORM", "MEAN", "ROPE", "GLU", "MATMUL",
        "LINEAR", "ATTENTION")  # fmt: skip
-"""The instructions, in the order of step.c."""
+"""The instructions, in the order of step_ops.c."""
 
 
 class Unsupported(Exception):

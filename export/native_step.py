@@ -37,6 +37,8 @@ MAX_TOKENS = 16
 """Most tokens of a step that runs natively: at twice as many, ONNX Runtime's matrix products begin to be faster."""
 _MAX_PROGRAMS = 32
 """Programs that are kept; the one written first goes first."""
+_TARGETS = ("onnxruntime", "inductor")
+"""Targets whose small steps may run natively: eager is what others are compared with, and a new target should see its work."""
 _SOURCE = Path(__file__).parent / "kernels" / "step.c"
 _STEP = struct.Struct("@P2q" + "2Pq" * 4 + "2PqP2q")  # step_t in step.c
 _GROUP = struct.Struct("@2P2q")  # group_t in step.c
@@ -65,8 +67,8 @@ def refusal(plan: Plan, build: BuildConfig) -> str | None:
     """Why a plan has no native step, as far as the plan itself tells, or None."""
     if build.device != "cpu":
         return f"it runs on {build.device}"
-    if build.target == "eager":
-        return "the eager target runs everything in PyTorch"
+    if build.target not in _TARGETS:
+        return f"the {build.target} target runs all steps itself"
     missing = {
         name for segment in plan.segments.values() for name in segment.operators if not supported(name)
     }  # fmt: skip
@@ -90,7 +92,7 @@ class WeightStore:
         self._stored: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, tuple[Tensor, int, int]]] = {}
 
     def linear(self, weight_NK: Tensor) -> tuple[Tensor, int, int]:
-        """(tensor, kind, outputs per chunk): bfloat16 panels (drawn in step.c) where exact, else float32 in place."""
+        """(tensor, kind, outputs per chunk): bfloat16 panels (drawn in step_ops.c) where exact, else float32 in place."""
         key = (weight_NK.data_ptr(), weight_NK.shape, weight_NK.stride())
         if key not in self._stored:
             packed = self._pack(weight_NK) if sys.byteorder == "little" else None
