@@ -29,13 +29,16 @@ def traced_once() -> Iterator[None]:
     from camshaft.export.whole import export
 
     trace, fuse = export.trace_decoder, export._fused
+    traced: dict[Any, Any] = {}
     programs: dict[Any, Any] = {}
 
     def fused(source: Any, config: Any) -> Any:
-        key = (source.name, config.dtype, config.logits)
-        if key not in programs:
-            programs[key] = fuse(trace(source), config)
-        return programs[key]
+        key = (source.name, config.dtype)
+        if key not in traced:
+            traced[key] = trace(source)
+        if (key, config.logits) not in programs:
+            programs[key, config.logits] = fuse(traced[key], config)
+        return programs[key, config.logits]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "trace_decoder", lambda source: source)

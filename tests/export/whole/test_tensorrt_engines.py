@@ -103,7 +103,7 @@ def exports(family: Callable[[str], Any], tmp_path_factory: pytest.TempPathFacto
     for cache, baked in (("linear", False), ("paged", True)):
         camshaft.export_model(
             family("llama"), path / cache, format="tensorrt", cache=cache, batch_size=2, max_seq_len=32, prefill_tokens=16,
-            baked_weights=baked, progress=False,
+            baked_weights=baked, dtype="float16", progress=False,
         )  # fmt: skip
     return {cache: path / cache for cache in ("linear", "paged")}
 
@@ -113,7 +113,7 @@ def test_files_and_headers(exports: dict[str, Path]) -> None:
         document = json.loads((path / "export.json").read_text())
         assert [program["name"] for program in document["programs"]] == ["prefill", "decode"]
         assert [program["num_tokens"] for program in document["programs"]] == [16, 1]
-        assert document["dtype"] == "bfloat16" and document["tensorrt"]["package"] == "tensorrt_rtx"
+        assert document["dtype"] == "float16" and document["tensorrt"]["package"] == "tensorrt_rtx"
         for program in document["programs"]:
             header = EngineHeader.parse((path / program["file"]).read_bytes())
             assert header.version_text == document["tensorrt"]["version"]
@@ -144,7 +144,9 @@ def test_network_inputs_and_outputs(family: Callable[[str], Any], exports: dict[
         patch.setattr(tensorrt_engines, "build_engine", lambda library, piece, baked: pieces.append(piece) or Built())
         patch.setattr(EngineHeader, "parse", classmethod(lambda cls, data: cls((1, 6, 1, 120), 0, 8)))
         target = exports["linear"].parent / "again"
-        request = export.ExportRequest(format="tensorrt", batch_size=2, max_seq_len=32, prefill_tokens=16)
+        request = export.ExportRequest(
+            format="tensorrt", batch_size=2, max_seq_len=32, prefill_tokens=16, dtype="float16"
+        )
         export.export_decoder(family("llama"), target, request)
     _, builder, _ = tensorrt_engines.emit_network(find_library(), pieces[1], baked=False)
     network = builder.network
