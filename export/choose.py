@@ -46,12 +46,24 @@ def lower_program(
     program: Program, config: BuildConfig, directory: Path, timer: Timer, *, use_cache: bool = True
 ) -> Lowering:
     """Cuts and lowers a program for `config.target`; engines go into `directory`. Raises LoweringError."""
-    if config.target != "auto":
-        return _lower(program, config.target, config, directory, timer, use_cache)
-    if config.device == "cuda":
+    if config.target == "auto" and config.device == "cpu":
+        return _lower_on_cpu(program, config, directory, timer, use_cache)
+    if config.target == "auto":
         from .choose_cuda import lower_fastest
 
-        return lower_fastest(program, config, directory, timer, use_cache)
+        lowering = lower_fastest(program, config, directory, timer, use_cache)
+    else:
+        lowering = _lower(program, config.target, config, directory, timer, use_cache)
+    names = [file.file for file in lowering.files if file.target == "tensorrt"]
+    if names and torch.cuda.is_available():
+        from .targets.tensorrt import compile_kernels
+
+        timer.begin("compiling kernels")
+        compile_kernels(directory, names)
+    return lowering
+
+
+def _lower_on_cpu(program: Program, config: BuildConfig, directory: Path, timer: Timer, use_cache: bool) -> Lowering:
     timer.begin("choosing the target")
     name, report = _fastest_on_cpu(program, config)
     lowering = _lower(program, name, config, directory, timer, use_cache)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from torch import Tensor
 from ..graph.program import Program
 from .buckets import varying_size
 from .choose import Lowering, plan_for
-from .execution import open_engines
+from .engine_cache import MeasurementCache
+from .execution import open_engines, open_together
 from .lower import lower_plan
 from .manifest import BuildConfig, EngineFile
 from .segment import Plan, Segment, SegmentStep
 from .targets.base import Lowered, LoweringError, get_target
-from .timer import Timer
+from .timer import Progress, Timer
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def lower_fastest(program: Program, config: BuildConfig, directory: Path, timer:
         target = usable[0] if usable else "eager"
         return Lowering(plan=plan, target=target, files=tuple(files), report=(*report, f"auto: {target}"))
     timer.begin("measuring")
-    choices = measure(plan, files, config, directory, timer.progress)
+    choices = measure(plan, files, config, directory, timer.progress, use_cache=use_cache)
     kept = _kept(files, choices, directory)
     return Lowering(plan=plan, target="auto", files=kept, report=(*report, _summary(choices)), choices=choices)
 
@@ -65,38 +66,59 @@ def measure(
     files: Sequence[EngineFile],
     config: BuildConfig,
     directory: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
+    *,
+    use_cache: bool = True,
 ) -> tuple[dict[str, Any], ...]:
     """Times the engines of every segment and bucket: {"segment", "size", "symbol", "runs", "ms": {target: time}, "target"}."""
     device = torch.device(config.device)
+    targets = list(dict.fromkeys(file.target for file in files))
+    versions: dict[str, str] = {}
+    for name in targets:
+        versions |= get_target(name).versions()
+    cache = MeasurementCache(versions, torch.cuda.get_device_name(device))
     uses = Counter(step.segment for step in plan.steps if isinstance(step, SegmentStep))
     segments = [segment for segment in plan.segments.values() if not segment.eager]
-    rows: list[dict[str, Any]] = []
-    for number, segment in enumerate(segments):
+    sizes: dict[str, Sequence[int | None]] = {s.id: config.buckets if varying_size(s) else (None,) for s in segments}
+    times = {s.id: found for s in segments if use_cache and (found := cache.find(s, sizes[s.id])) is not None}
+    missing = [segment for segment in segments if segment.id not in times]
+    only = Plan({segment.id: segment for segment in missing}, [], [], [])
+    opened = {
+        name: open_engines(only, [file for file in files if file.target == name], name, directory, device)
+        for name in targets
+    }
+    open_together([engine for engines in opened.values() for engine in engines.values()], config.buckets)
+    for number, segment in enumerate(missing):
         if progress is not None:
-            progress("measuring segments", number, len(segments))
-        symbol = varying_size(segment)
+            progress("measuring segments", number, len(missing))
         weights = [_random_weights(segment, device, seed) for seed in range(2 if uses[segment.id] > 1 else 1)]
-        times: dict[int | None, dict[str, float]] = {}
-        for name in dict.fromkeys(file.target for file in files):
-            mine = [file for file in files if file.target == name and file.segment == segment.id]
-            engine = open_engines(Plan({segment.id: segment}, [], [], []), mine, name, directory, device)[segment.id]
-            for size in config.buckets if symbol else (None,):
-                fewest = max(size or 1, get_target(name).min_tokens)
-                times.setdefault(size, {})[name] = 1e3 * _seconds(segment, engine, weights, fewest, device)
-        rows += [
-            {
-                "segment": segment.id,
-                "symbol": symbol,
-                "size": size,
-                "runs": uses[segment.id],
-                "ms": {name: round(value, 5) for name, value in row.items()},
-                "target": min(row, key=lambda name: row[name]),
+        times[segment.id] = {
+            size: {
+                name: 1e3 * _seconds(segment, opened[name][segment.id], weights, _taken(name, size), device)
+                for name in targets
             }
-            for size, row in times.items()
-        ]
+            for size in sizes[segment.id]
+        }
+        cache.store(segment, times[segment.id])
+    rows: list[dict[str, Any]] = [
+        {
+            "segment": segment.id,
+            "symbol": varying_size(segment),
+            "size": size,
+            "runs": uses[segment.id],
+            "ms": {name: round(value, 5) for name, value in row.items()},
+            "target": min(row, key=lambda name: row[name]),
+        }
+        for segment in segments
+        for size, row in times[segment.id].items()
+    ]
     _settle_single(rows)
     return tuple(rows)
+
+
+def _taken(target_name: str, size: int | None) -> int:
+    """The size at which a target's engine runs a bucket."""
+    return max(size or 1, get_target(target_name).min_tokens)
 
 
 def _settle_single(rows: list[dict[str, Any]]) -> None:

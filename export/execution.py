@@ -8,6 +8,7 @@ On CUDA a decode step is a graph that was captured for its bucket (`cuda_graphs`
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch import Tensor
 from .buckets import Bucketed, bucket_of, varying_sizes
 from .executor import Executor, StepContext
 from .manifest import EngineFile, Manifest
-from .segment import Plan, Segment
+from .segment import Plan
 from .targets.base import Lowered, get_target
 
 if TYPE_CHECKING:
@@ -49,13 +50,20 @@ def open_engines(
             lowered[segment.id] = whole
             continue
 
-        def opener(file: EngineFile, segment: Segment = segment) -> Lowered:
-            return get_target(file.target).load(segment, directory / file.file, device)
-
-        lowered[segment.id] = Bucketed(
-            segment, {size: lambda file=file: opener(file) for size, file in fixed.items()}, whole
-        )  # type: ignore[misc]
+        openers = {
+            size: functools.partial(get_target(file.target).load, segment, directory / file.file, device)
+            for size, file in fixed.items()
+        }
+        lowered[segment.id] = Bucketed(segment, openers, whole)
     return lowered
+
+
+def open_together(engines: Sequence[Lowered], sizes: Sequence[int]) -> None:
+    """Opens the engines of fixed sizes among `engines` for these sizes, many at once. Raises LoweringError."""
+    jobs = [(engine, size) for size in sizes for engine in engines if isinstance(engine, Bucketed)]
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1) or 1) as pool:
+        for _ in pool.map(lambda job: job[0].open(job[1]), jobs):
+            pass
 
 
 class StepSizes:
@@ -141,11 +149,7 @@ class Execution:
 
     def open(self, sizes: Sequence[int]) -> None:
         """Opens the engines of these sizes, many at once: TensorRT compiles kernels meanwhile, unless it finds them."""
-        engines = [engine for engine in self._lowered.values() if isinstance(engine, Bucketed)]
-        jobs = [(engine, size) for size in sizes for engine in engines]
-        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1) or 1) as pool:
-            for _ in pool.map(lambda job: job[0].open(job[1]), jobs):
-                pass
+        open_together(list(self._lowered.values()), sizes)
 
     @torch.inference_mode()
     def step(self, batch: Any) -> Tensor:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -104,6 +108,20 @@ def keep_kernels(directory: Path) -> None:
     runtime = _RUNTIMES.get((torch.cuda.current_device(), directory))
     if runtime is not None:
         runtime.keep_kernels(own_kernels(directory))
+
+
+def compile_kernels(directory: Path, names: Sequence[str]) -> None:
+    """Opens engines of a directory, many at once, and writes the kernels that TensorRT compiled for this GPU beside them."""
+    kept = own_kernels(directory)
+    if kept.is_file():
+        shutil.copyfile(kept, directory / KERNELS)
+        return
+    runtime = runtime_of(directory)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        opened = list(pool.map(lambda name: runtime.open((directory / name).read_bytes(), name), names))
+    runtime.keep_kernels(directory / KERNELS)
+    runtime.keep_kernels(kept)
+    del opened
 
 
 def kernels_of(directory: Path) -> bytes | None:
