@@ -33,7 +33,11 @@ class Cuda:
     """The few calls of CUDA's runtime library that are needed, by ctypes."""
 
     def __init__(self):
-        self.lib = ctypes.CDLL(find_cudart())
+        path = find_cudart()
+        try:
+            self.lib = ctypes.CDLL(path)
+        except OSError as error:
+            raise SystemExit(f"{path} cannot be loaded ({error}); set $CUDART to the path of libcudart.so") from error
         self.lib.cudaGetErrorString.restype = ctypes.c_char_p
         count = ctypes.c_int(0)
         code = self.lib.cudaGetDeviceCount(ctypes.byref(count))
@@ -236,7 +240,14 @@ class Model:
 
     def __init__(self, directory: Path, export: dict, in_place: bool):
         self.directory, self.export = directory, export
-        self.trt = importlib.import_module(export["tensorrt"]["package"])
+        package = export["tensorrt"]["package"]
+        try:
+            self.trt = importlib.import_module(package)
+        except ImportError as error:
+            wanted = f"{package} {export['tensorrt']['version']}"
+            raise SystemExit(
+                f"{package} cannot be imported ({error}); install it: {wanted} built these engines"
+            ) from error
         self.cuda = Cuda()
         self.runtime = self.trt.Runtime(self.trt.Logger(self.trt.Logger.WARNING))
         self.weights = {}

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -63,6 +64,7 @@ def _compile(exported: torch.export.ExportedProgram) -> tuple[str, dict[str, Ten
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
     from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensor
 
     exported = exported.run_decompositions(select_decomp_table())
     graph_module = exported.graph_module
@@ -74,14 +76,14 @@ def _compile(exported: torch.export.ExportedProgram) -> tuple[str, dict[str, Ten
         for index, node in enumerate(placeholders)
         if node.name in lifted
     }
-    fake_mode = next(value.fake_mode for value in values if isinstance(value, torch.Tensor))
+    fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     context = torch._guards.TracingContext(fake_mode)
     with _settings(), V.set_fake_mode(fake_mode), torch._guards.tracing(context):
         joint_graph_passes(graph_module)
-        compiled = compile_fx_inner(graph_module, values, is_inference=True)
-    if getattr(compiled, "constants", None):
-        raise RuntimeError(f"Inductor made constants of its own: {sorted(compiled.constants)}")  # type: ignore[union-attr]
-    return compiled.source_code, constants  # type: ignore[attr-defined]
+        compiled: Any = compile_fx_inner(graph_module, values, is_inference=True)
+    if compiled.constants:
+        raise RuntimeError(f"Inductor made constants of its own: {sorted(compiled.constants)}")
+    return compiled.source_code, constants
 
 
 @contextmanager

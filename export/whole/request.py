@@ -111,6 +111,8 @@ def make_config(request: ExportRequest, source: ModelSource) -> ExportConfig:
     if request.format == "tensorrt":
         batch_size = batch_size or 1
         prefill = request.prefill_tokens or min(PREFILL_TOKENS, max_seq_len)
+        if request.max_seq_len is None and not paged and prefill <= max_seq_len:
+            max_seq_len -= max_seq_len % prefill  # a linear cache takes whole chunks
         if prefill > max_seq_len or max_seq_len % prefill and not paged:
             raise ValueError(
                 f"max_seq_len is {max_seq_len} and prefill_tokens {prefill}; a linear cache takes whole chunks of a prompt, so "

@@ -126,7 +126,7 @@ def test_operators_without_layers_run_in_pytorch_and_are_named(monkeypatch: pyte
         target_module.TensorRtTarget, "supports", lambda self, node: node.target is not glu and real(node)
     )
     engine = build(buckets=[], max_seq_len=59)
-    assert engine.manifest.report == ("camshaft::glu runs in PyTorch (no lowering)",)
+    assert engine.manifest.report == ("camshaft.glu runs in PyTorch (no lowering)",)
     eager = [segment.operators for segment in engine.plan.segments.values() if segment.eager]
     assert ["camshaft.glu.default"] in eager
     assert engine.manifest.engines

@@ -38,6 +38,8 @@ def test_defaults() -> None:
     assert (trt.dtype, trt.batch_size, trt.num_tokens) == ("bfloat16", 3, {"prefill": 128, "decode": 1})
     assert (trt.block_size, trt.num_blocks) == (16, 3 * 16 + 1)  # and the scratch block
     assert config(cache="paged").num_blocks is None
+    assert config(format="tensorrt", prefill_tokens=100).max_seq_len == 200  # whole chunks of a linear cache
+    assert config(format="tensorrt", cache="paged", prefill_tokens=100).max_seq_len == 256
     assert config(dtype=torch.float16).dtype == "float16"
 
 
