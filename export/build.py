@@ -194,6 +194,10 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
         raise ValueError(
             f"max_sequences is {max_sequences}, more than max_batch_tokens ({max_batch_tokens}); each needs a token a step"
         )
+    if request.target == "torch_tensorrt":
+        raise ValueError(
+            "target torch_tensorrt compiles modules with example_inputs; for a decoder use target='tensorrt', or 'auto'"
+        )
     if request.target != "auto":
         reason = get_target(request.target).unavailable(device)
         if reason is not None:

@@ -44,7 +44,8 @@ def compile_module(
         module: captured in evaluation mode; its parameters and buffers are shared, not copied, where the device is the same.
         example_inputs: positional arguments of forward (a tuple), or keyword arguments (a mapping). Tensors may differ in later
             calls, everything else (numbers, strings, None) is fixed.
-        target: "auto" (CUDA: inductor; CPU: eager and onnxruntime are timed on the example), "eager", "inductor", "onnxruntime".
+        target: "auto" (CUDA: inductor; CPU: eager and onnxruntime are timed on the example), "eager", "inductor",
+            "onnxruntime", or with fixed sizes "tensorrt" and "torch_tensorrt" (CUDA).
         device: where it runs; None: where the example inputs (or the weights) are.
         dynamic_shapes: which sizes vary, as `torch.export.export` takes it; None: all sizes are fixed.
 

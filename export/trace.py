@@ -19,13 +19,15 @@ class _Inlined(nn.Module):
 
     def __init__(self, graph_module: fx.GraphModule, inline: Callable[[Any], Callable[..., Any] | None]) -> None:
         super().__init__()
-        self._interpreter = _InliningInterpreter(graph_module, inline)
+        self._interpreter = InliningInterpreter(graph_module, inline)
 
     def forward(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(self._interpreter.run(*inputs))
 
 
-class _InliningInterpreter(fx.Interpreter):
+class InliningInterpreter(fx.Interpreter):
+    """Runs a graph with the operators that `inline` knows replaced by the functions that it names."""
+
     def __init__(self, graph_module: fx.GraphModule, inline: Callable[[Any], Callable[..., Any] | None]) -> None:
         super().__init__(graph_module)
         self._inline = inline

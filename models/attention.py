@@ -74,7 +74,9 @@ def _describe(function: Callable[..., Any]) -> tuple[str, int]:
         if qualname.startswith("and_masks"):
             for part in values["mask_functions"]:
                 walk(part)
-        elif qualname.startswith("remap_positions_for_packed_sequence"):  # Transformers 5.18 on: positions within a sequence
+        elif qualname.startswith(
+            "remap_positions_for_packed_sequence"
+        ):  # Transformers 5.18 on: positions within a sequence
             walk(values["mask_function"])
         elif qualname.startswith("sliding_window_overlay"):
             names.append(("sliding", int(values["sliding_window"])))

@@ -113,8 +113,10 @@ def _table() -> dict[str, Any]:
     from .inductor import InductorTarget
     from .onnxruntime import OnnxRuntimeTarget
     from .tensorrt import TensorRtTarget
+    from .torch_tensorrt import TorchTensorRtTarget
 
-    return {target.name: target for target in (EagerTarget, InductorTarget, OnnxRuntimeTarget, TensorRtTarget)}
+    known = (EagerTarget, InductorTarget, OnnxRuntimeTarget, TensorRtTarget, TorchTensorRtTarget)
+    return {target.name: target for target in known}
 
 
 def get_target(name: str) -> Target:

@@ -100,15 +100,17 @@ def test_future_format(saved: Path) -> None:
         camshaft.load(saved)
 
 
-def _edit(saved: Path, **changes: Any) -> None:
+def _edit(saved: Path, engine_target: str | None = None, **changes: Any) -> None:
     manifest = json.loads((saved / "manifest.json").read_text())
+    for file in manifest["engines"] if engine_target else ():
+        file["target"] = engine_target
     for key, change in changes.items():
         manifest[key] = {**manifest[key], **change}
     (saved / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_other_hardware_and_versions_name_themselves_and_the_fix(saved: Path) -> None:
-    _edit(saved, build={"target": "inductor"}, hardware={"capability": "AVX1024"})
+    _edit(saved, "inductor", build={"target": "inductor"}, hardware={"capability": "AVX1024"})
     with pytest.raises(ValueError, match="capability AVX1024.*rebuild=True"):
         camshaft.load(saved)
     _edit(saved, hardware=_hardware(), versions={"torch": "1.0"})

@@ -53,7 +53,7 @@ def test_engine_html(engine: camshaft.Engine) -> None:
 def test_engine_html_of_a_saved_engine(engine: camshaft.Engine, tmp_path: Path) -> None:
     loaded = camshaft.load(engine.save(tmp_path / "engine"))
     assert "fuse_projections" in loaded._repr_html_()
-    assert loaded._executor is None  # looking loads nothing
+    assert loaded._execution is None  # looking loads nothing
 
 
 def test_names_are_escaped(engine: camshaft.Engine) -> None:

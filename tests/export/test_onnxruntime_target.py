@@ -10,7 +10,7 @@ import pytest
 import torch
 from camshaft.export.partition import partition
 from camshaft.export.segment import Plan, Segment, SegmentStep
-from camshaft.export.targets.base import LoweringError
+from camshaft.export.targets.base import LoweringError, LowerRequest
 from camshaft.models.huggingface import open_model, trace_decoder
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 from camshaft.export.targets.onnxruntime import OnnxRuntimeTarget  # noqa: E402
 
 CPU = torch.device("cpu")
+REQUEST = LowerRequest(device=CPU, max_tokens=64)
 COMMON = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "max_position_embeddings": 64,
@@ -73,7 +74,7 @@ def test_segments_equal_eager(plan: Plan, num_tokens: int, tmp_path: Path) -> No
     target = OnnxRuntimeTarget()
     for segment in plan.segments.values():
         file = tmp_path / f"{segment.id}.onnx"
-        file.write_bytes(target.lower(segment, CPU, 64))
+        file.write_bytes(target.lower(segment, REQUEST).data)
         inputs = random_inputs(segment, num_tokens)
         with torch.no_grad():
             expected = segment.graph_module(CPU)(*inputs)
@@ -86,7 +87,7 @@ def test_segments_equal_eager(plan: Plan, num_tokens: int, tmp_path: Path) -> No
 
 def test_weights_are_not_in_the_engine(plan: Plan) -> None:
     for segment in plan.segments.values():
-        proto = onnx.load_from_string(OnnxRuntimeTarget().lower(segment, CPU, 64))
+        proto = onnx.load_from_string(OnnxRuntimeTarget().lower(segment, REQUEST).data)
         weights = {t.name: t for t in proto.graph.initializer if t.name.startswith("w")}
         assert len(weights) == segment.num_weights
         assert all(t.data_location == onnx.TensorProto.EXTERNAL and not t.raw_data for t in weights.values())
@@ -94,13 +95,13 @@ def test_weights_are_not_in_the_engine(plan: Plan) -> None:
 
 def test_equal_segments_give_equal_bytes(plan: Plan) -> None:
     segment = next(iter(plan.segments.values()))
-    assert OnnxRuntimeTarget().lower(segment, CPU, 64) == OnnxRuntimeTarget().lower(segment, CPU, 64)
+    assert OnnxRuntimeTarget().lower(segment, REQUEST).data == OnnxRuntimeTarget().lower(segment, REQUEST).data
 
 
 def test_one_engine_for_two_layers(plan: Plan, tmp_path: Path) -> None:
     segment = next(s for s in plan.segments.values() if s.num_weights and "aten.linear.default" in s.operators)
     target = OnnxRuntimeTarget()
-    (tmp_path / "s.onnx").write_bytes(target.lower(segment, CPU, 64))
+    (tmp_path / "s.onnx").write_bytes(target.lower(segment, REQUEST).data)
     lowered = target.load(segment, tmp_path / "s.onnx", CPU)
     inputs = random_inputs(segment, 3)
     weights = inputs[segment.num_inputs :]
@@ -119,7 +120,7 @@ def test_inputs_and_weights_that_nothing_reads(tmp_path: Path) -> None:
     ]  # fmt: skip
     segment = Segment("0", nodes, 2, 1, 3)
     target = OnnxRuntimeTarget()
-    (tmp_path / "s.onnx").write_bytes(target.lower(segment, CPU, 64))
+    (tmp_path / "s.onnx").write_bytes(target.lower(segment, REQUEST).data)
     x = torch.randn(1, 5)
     bound = target.load(segment, tmp_path / "s.onnx", CPU).bind([torch.zeros(4)])
     negated, again, same = bound(torch.zeros(1, 5), x)

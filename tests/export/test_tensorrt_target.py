@@ -163,3 +163,18 @@ def test_modules_have_fixed_sizes() -> None:
 
 def test_the_target_is_listed() -> None:
     assert get_target("tensorrt").fixed_sizes
+
+
+def test_torch_tensorrt_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, example = torch.nn.Linear(4, 4), (torch.zeros(2, 4),)
+    with pytest.raises(ValueError, match="Torch-TensorRT runs on CUDA"):
+        camshaft.compile(module, example, target="torch_tensorrt")
+    target, cuda = get_target("torch_tensorrt"), torch.device("cuda")
+    assert "torch_tensorrt is not installed; install torch-tensorrt" in (target.unavailable(cuda) or "")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert "compiles on a GPU" in (target.unavailable(cuda) or "")
+
+
+def test_torch_tensorrt_takes_no_decoders() -> None:
+    with pytest.raises(ValueError, match="compiles modules with example_inputs; for a decoder use target='tensorrt'"):
+        camshaft.compile(random_model(tiny_config("llama")), target="torch_tensorrt", device="cpu")

@@ -85,6 +85,12 @@ class FakeEngine:
     def prepare(self) -> None:
         pass
 
+    def graph_bytes(self) -> int:
+        return 0
+
+    def capture(self) -> None:
+        pass
+
     def bind_cache(self, num_blocks: Sequence[int]) -> None:
         # -7 where nothing was written: reading it changes the hash
         self.caches = [np.full(n * self.block_size, -7, dtype=np.int64) for n in num_blocks]
