@@ -30,6 +30,15 @@ def default_buckets(max_batch_tokens: int, max_sequences: int) -> tuple[int, ...
     return tuple(sorted(sizes | {min(max_sequences, max_batch_tokens), max_batch_tokens}))
 
 
+def engine_sizes(buckets: Sequence[int]) -> tuple[int, ...]:
+    """Those of the buckets that engines of fixed size are built for: powers of two below 512, and all above.
+
+    Between powers of two TensorRT has no good kernels for few rows: on an H200 a layer of Llama-3.1-8B takes 0.23 ms at 96
+    rows and 0.18 at 128, 0.44 at 384 and 0.36 at 512. The largest bucket is always among them.
+    """
+    return tuple(size for size in buckets if size >= 512 or size & (size - 1) == 0 or size == buckets[-1])
+
+
 def bucket_of(buckets: Sequence[int], count: int) -> int:
     """The smallest bucket that holds `count`. Raises ValueError if none does."""
     index = bisect_left(buckets, count)
@@ -84,6 +93,11 @@ class Bucketed:
     def is_fixed(self, size: int) -> bool:
         """Whether inputs must have exactly this size, because the engine for it takes no other."""
         return size in self._openers
+
+    @property
+    def takes_any(self) -> bool:
+        """Whether sizes without an engine of their own run, too."""
+        return self._varying is not None
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
         """The segment with weights; a size that no engine takes raises LoweringError when it is called."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..graph.program import Program
-from .buckets import varying_size
+from .buckets import Bucketed, varying_size
 from .choose import Lowering, plan_for
 from .engine_cache import MeasurementCache
 from .execution import open_engines, open_together
@@ -96,6 +96,7 @@ def measure(
             size: {
                 name: 1e3 * _seconds(segment, opened[name][segment.id], weights, _taken(name, size), device)
                 for name in targets
+                if _takes(opened[name][segment.id], size)
             }
             for size in sizes[segment.id]
         }
@@ -114,6 +115,10 @@ def measure(
     ]
     _settle_single(rows)
     return tuple(rows)
+
+
+def _takes(engine: Lowered, size: int | None) -> bool:
+    return size is None or not isinstance(engine, Bucketed) or engine.takes_any or engine.is_fixed(size)
 
 
 def _taken(target_name: str, size: int | None) -> int:

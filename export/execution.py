@@ -72,20 +72,22 @@ class StepSizes:
     """
 
     def __init__(self, plan: Plan, lowered: Mapping[str, Lowered], buckets: Sequence[int], min_tokens: int) -> None:
-        self._buckets = buckets
+        self._buckets: dict[str, list[int]] = {}
         self._fixed: dict[str, set[int]] = {}
         self._fewest: dict[str, int] = {}
         for name in ("T", "R"):
             engines = [lowered[s.id] for s in plan.segments.values() if name in varying_sizes(s) and not s.eager]
             fixed = [{b for b in buckets if isinstance(e, Bucketed) and e.is_fixed(b)} for e in engines]
             self._fixed[name] = set[int]().union(*fixed)
+            demanding = [sizes for e, sizes in zip(engines, fixed) if isinstance(e, Bucketed) and not e.takes_any]
+            self._buckets[name] = [b for b in buckets if all(b in sizes for sizes in demanding)]
             self._fewest[name] = 1 if engines and all(1 in sizes for sizes in fixed) else min_tokens
 
     def padded(self, name: str, count: int) -> int:
         """The size that `count` tokens or rows are padded to."""
         count = max(count, self._fewest[name])
         if self._fixed[name]:
-            bucket = bucket_of(self._buckets, count)
+            bucket = bucket_of(self._buckets[name], count)
             return bucket if bucket in self._fixed[name] else count
         return count
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .buckets import varying_size
+from .buckets import engine_sizes, varying_size
 from .manifest import BuildConfig, EngineFile, hardware_of
 from .segment import Plan, Segment
 from .targets.base import Built, LowerRequest, Target, get_target
@@ -63,7 +63,7 @@ def _jobs(segment: Segment, target: Target, config: BuildConfig) -> list[tuple[S
     symbol = varying_size(segment) if target.fixed_sizes else None
     if symbol is None:
         return [(segment, request)]
-    return [(segment, dataclasses.replace(request, sizes={symbol: size})) for size in config.buckets]
+    return [(segment, dataclasses.replace(request, sizes={symbol: size})) for size in engine_sizes(config.buckets)]
 
 
 def _build_all(

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from camshaft.export.buckets import Bucketed, bucket_of, default_buckets, varying_size
+from camshaft.export.buckets import Bucketed, bucket_of, default_buckets, engine_sizes, varying_size
 from camshaft.export.choose import plan_for
 from camshaft.export.engine import Engine
 from camshaft.export.execution import StepSizes
@@ -31,6 +31,11 @@ def test_default_buckets() -> None:
     )  # fmt: skip
     assert default_buckets(64, 20) == (1, 2, 4, 8, 16, 20, 32, 48, 64)
     assert default_buckets(2, 1) == (1, 2)
+
+
+def test_engines_of_fixed_size_are_built_for_powers_of_two_below_512() -> None:
+    assert engine_sizes((1, 2, 32, 48, 64, 96, 128, 384, 512, 768, 1000)) == (1, 2, 32, 64, 128, 512, 768, 1000)
+    assert engine_sizes((1, 20)) == (1, 20)  # a full step always has one
 
 
 def test_bucket_of() -> None:
@@ -98,7 +103,8 @@ def test_what_a_step_is_padded_to() -> None:
     assert [sizes.padded("T", n) for n in (1, 3, 5, 8)] == [2, 3, 8, 8]  # b takes two at least; 4 has no fixed engine
     assert [sizes.padded("R", n) for n in (1, 5)] == [2, 5]
     whole = {"a": Bucketed(first, fixed, None), "b": Bucketed(second, fixed, None), "c": varying}  # type: ignore[arg-type]
-    assert StepSizes(plan, whole, (1, 4, 8), 2).padded("T", 1) == 1  # type: ignore[arg-type]
+    alone = StepSizes(plan, whole, (1, 4, 8), 2)  # type: ignore[arg-type]
+    assert [alone.padded("T", n) for n in (1, 2, 4, 5)] == [1, 8, 8, 8]  # nothing else runs 4
 
 
 @pytest.fixture(scope="module")

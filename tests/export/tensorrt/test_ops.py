@@ -193,3 +193,23 @@ def test_every_operator_without_layers_is_named() -> None:
 def test_a_missing_size_is_named() -> None:
     with pytest.raises(ValueError, match="no value for size T"):
         build_segment(build(Case("aten.add.Tensor", [X, Y]))[0], {"R": 3})
+
+
+@pytest.mark.parametrize(("num_tokens", "parts"), [(8, 4), (64, 1), (128, 2), (512, 1)])
+def test_long_sums_of_few_rows_are_cut(num_tokens: int, parts: int) -> None:
+    x, weight = In([1, "T", 2048], dtype=torch.bfloat16), In([24, 2048], dtype=torch.bfloat16, weight=True)
+    case = Case("aten.linear.default", [x, weight])
+    compare(
+        case, num_tokens, 4 * torch.finfo(torch.bfloat16).eps * 45
+    )  # sums of 2,048 products: their size is about 45
+    segment, _ = segment_inputs(case, num_tokens)
+    layers = build_segment(segment, {"T": num_tokens}).layers
+    assert layers["MATRIX_MULTIPLY"] == 1
+    assert layers.get("REDUCE", 0) == (1 if parts > 1 else 0)
+
+
+def test_products_in_float32_and_wide_ones_are_whole() -> None:
+    for dtype, columns in ((torch.float32, 24), (torch.bfloat16, 20000)):
+        x, weight = In([1, "T", 2048], dtype=dtype), In([columns, 2048], dtype=dtype, weight=True)
+        segment, _ = segment_inputs(Case("aten.linear.default", [x, weight]), 8)
+        assert "REDUCE" not in build_segment(segment, {"T": 8}).layers
