@@ -345,6 +345,7 @@ def test_doctor_reports_this_machine(cli):
     facts = json.loads(text)
     assert code == 0 and facts["ok"] and facts["packages"]["torch"] and facts["targets"]["cpu"]["eager"] is None
     assert facts["cache"]["directory"] and facts["compilers"] and "cpu float32" in facts["attention"]
+    assert set(facts["tensorrt"]) == {"flavour", "version", "problem"} and "problem" in facts["torch_tensorrt"]
     code, out, _ = cli("doctor", "--no-self-test")
     assert code == 0 and "Attention kernels" in out and "should work (not tested)" in out
 
@@ -363,6 +364,42 @@ def test_doctor_tests_targets(cli, monkeypatch):
     monkeypatch.setattr(doctor, "_test_target", lambda target, device: (False, "30 of 36 tokens equal"))
     code, out, _ = cli("doctor")
     assert code == 1 and "FAILED" in out and "pip install it" in out
+
+
+def test_doctor_tests_tensorrt(cli, monkeypatch):
+    from camshaft.export.tensorrt import selftest
+
+    from camshaft.cli import doctor
+
+    monkeypatch.setattr(doctor, "_targets", lambda device: {"eager": None})
+    monkeypatch.setattr(doctor, "run_self_test", lambda target, device: {
+        "target": target, "device": device, "ok": True, "seconds": 0.0, "detail": "",
+    })  # fmt: skip
+    problem = "tensorrt or tensorrt_rtx is not installed; pip install 'camshaft[tensorrt]'"
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "_tensorrt", lambda: {"flavour": None, "version": None, "problem": problem})
+        code, text, _ = cli("doctor", "--json")
+        assert code == 0 and json.loads(text)["tensorrt"]["self_test"] is None
+        assert "camshaft[tensorrt]" in cli("doctor", "--no-self-test")[1]
+    there = {"flavour": "tensorrt_rtx", "version": "1.6.1.120", "problem": None}
+    monkeypatch.setattr(doctor, "_tensorrt", lambda: there.copy())
+    made = selftest.SelfTest(
+        ok=False, detail="it does not run", flavour="tensorrt_rtx", build_s=0.05, engine_bytes=4096
+    )
+    monkeypatch.setattr(selftest, "self_test", lambda: made)
+    code, text, _ = cli("doctor", "--json")
+    found = json.loads(text)["tensorrt"]
+    assert code == 0 and found["version"] == "1.6.1.120"  # the exit code is the default target's
+    assert found["self_test"]["ok"] is False and found["self_test"]["engine_bytes"] == 4096
+    code, out, _ = cli("doctor")
+    assert "Self-test of TensorRT" in out and "FAILED" in out and "50 ms, 4.00 KiB" in out and "1.6.1.120" in out
+
+
+def test_doctor_tests_a_target_for_modules():
+    from camshaft.cli import doctor
+
+    ok, detail = doctor._test_module("eager", "cpu")
+    assert ok and "an MLP: largest difference" in detail
 
 
 @pytest.mark.parametrize(

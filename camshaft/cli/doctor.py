@@ -32,7 +32,7 @@ def doctor(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine: packages, GPUs, compilers, targets, attention kernels, caches, memory, and a self-test.
+    """Check this machine: packages, GPUs, compilers, targets, attention kernels, TensorRT, caches, memory, and a self-test.
 
     Exit code 0 if the default target works.
     """
@@ -42,6 +42,7 @@ def doctor(
         _print(to, facts)
         if self_test:
             facts["self_test"] = _self_tests(to, facts)
+            facts["tensorrt"]["self_test"] = _tensorrt_self_test(to, facts)
         default = facts["default_target"]
         device = facts["default_device"]
         result = next((t for t in facts.get("self_test", []) if t["target"] == default), None)
@@ -82,6 +83,8 @@ def gather() -> dict[str, Any]:
         "default_device": default_device,
         "default_target": _default_target(targets[default_device], default_device),
         "attention": describe(),
+        "tensorrt": _tensorrt(),
+        "torch_tensorrt": _torch_tensorrt(),
         "cache": {"directory": str(root), "bytes": _directory_bytes(root), "writable": _writable(root)},
         "environment": {
             key: value for key, value in os.environ.items() if key.startswith(("CAMSHAFT_", "OMP_", "CUDA_VISIBLE"))
@@ -99,6 +102,29 @@ def _default_target(targets: dict[str, str | None], device: str) -> str | None:
     """The best target that "auto" would consider."""
     order = ("inductor", "eager") if device == "cuda" else ("onnxruntime", "eager")
     return next((name for name in order if name in targets and targets[name] is None), None)
+
+
+def _tensorrt() -> dict[str, Any]:
+    """Which TensorRT is here: {"flavour", "version", "problem"}; the problem names the fix, None where there is none."""
+    from ..export.targets.base import LoweringError
+    from ..export.tensorrt.library import find_library
+
+    try:
+        library = find_library()
+    except LoweringError as error:
+        return {"flavour": None, "version": None, "problem": str(error)}
+    return {"flavour": library.flavour, "version": library.version, "problem": None}
+
+
+def _torch_tensorrt() -> dict[str, Any]:
+    """The same of Torch-TensorRT: {"package", "version", "problem"}."""
+    import torch
+
+    from ..export.targets.torch_tensorrt import TorchTensorRtTarget
+
+    target = TorchTensorRtTarget()
+    package, version = next(iter(target.versions().items()), (None, None))
+    return {"package": package, "version": version, "problem": target.unavailable(torch.device("cuda"))}
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -179,6 +205,24 @@ def _print(to: Output, facts: dict[str, Any]) -> None:
     to.console.print(table("Targets", ["target", "device", "works", ""], rows, left=(0, 1, 2, 3)))
     rows = [[name, *_kernel_text(entry)] for name, entry in facts["attention"].items()]
     to.console.print(table("Attention kernels", ["for", "works", ""], rows, left=(0, 1, 2)))
+    to.console.print(table("TensorRT", ["package", "version", ""], _tensorrt_rows(facts), left=(0, 1, 2)))
+
+
+def _tensorrt_rows(facts: dict[str, Any]) -> list[list[str]]:
+    trt, torch_trt = facts["tensorrt"], facts["torch_tensorrt"]
+    if trt["problem"] is None:
+        use = "builds engines and runs them" if facts["gpus"] else "builds engines; running them needs a GPU"
+        rows = [[trt["flavour"], trt["version"], use]]
+    else:
+        rows = [["TensorRT", "-", trt["problem"]]]
+    return [
+        *rows,
+        [
+            torch_trt["package"] or "Torch-TensorRT",
+            torch_trt["version"] or "-",
+            torch_trt["problem"] or "compiles modules",
+        ],
+    ]
 
 
 def _cuda_text(version: str | None) -> str:
@@ -235,7 +279,44 @@ def run_self_test(target: str, device: str) -> dict[str, Any]:
     return {"target": target, "device": device, "ok": ok, "seconds": time.perf_counter() - start, "detail": detail}
 
 
+def _tensorrt_self_test(to: Output, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Builds a small engine, and runs it where a GPU is: `export/tensorrt/selftest.py`. None where TensorRT is missing."""
+    import dataclasses
+
+    from ..export.tensorrt.selftest import self_test
+
+    if facts["tensorrt"]["problem"] is not None:
+        return None
+    made = self_test()
+    built = "" if made.build_s is None else f"{1e3 * made.build_s:.0f} ms, {format_bytes(made.engine_bytes or 0)}"
+    ran = "" if made.ms is None else f"{made.ms:.3f} ms"
+    row = [facts["tensorrt"]["flavour"], "ok" if made.ok else "FAILED", built, ran, made.detail]
+    title = "Self-test of TensorRT: an engine of a norm and a linear layer"
+    to.console.print(table(title, ["", "", "build", "run", ""], [row], left=(0, 1, 4)))
+    return dataclasses.asdict(made)
+
+
+def _test_module(target: str, device: str) -> tuple[bool, str]:
+    """For a target that takes no decoders: a small MLP against PyTorch."""
+    import torch
+    from torch import nn
+
+    import camshaft
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).eval()
+        x = torch.randn(4, 64)
+    with torch.inference_mode():
+        expected = module(x)
+    compiled = camshaft.compile(module.to(device), (x.to(device),), target=target)
+    error = float((compiled(x.to(device)).cpu() - expected).abs().max())
+    return error <= 1e-4, f"an MLP: largest difference from PyTorch {error:.1e}"
+
+
 def _test_target(target: str, device: str) -> tuple[bool, str]:
+    if target == "torch_tensorrt":
+        return _test_module(target, device)
     import torch
 
     import camshaft
