@@ -30,7 +30,9 @@ from .timer import Progress, Timer
 logger = logging.getLogger(__name__)
 
 LAUNCHES, REPLAYS = 8, 7
-"""Launches in a captured graph, and how often it is replayed."""
+"""Launches in a captured graph, and how often it is replayed; fewer where a launch is long."""
+LONG = 1024
+"""Tokens from which a launch is long."""
 
 
 def lower_fastest(program: Program, config: BuildConfig, directory: Path, timer: Timer, use_cache: bool) -> Lowering:
@@ -162,6 +164,7 @@ def _seconds(
             shape, dtype=dtype, device=device
         )  # fmt: skip
         inputs.append(made)
+    launches, replays = (LAUNCHES, REPLAYS) if size < LONG else (2, 3)
     calls = [engine.bind(part) for part in weights]
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -171,15 +174,15 @@ def _seconds(
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for index in range(LAUNCHES):
+        for index in range(launches):
             calls[index % len(calls)](*inputs)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPLAYS)]
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
     for start, stop in events:
         start.record()
         graph.replay()
         stop.record()
     torch.cuda.synchronize(device)
-    return statistics.median(start.elapsed_time(stop) for start, stop in events) / LAUNCHES / 1e3
+    return statistics.median(start.elapsed_time(stop) for start, stop in events) / launches / 1e3
 
 
 def _kept(files: Sequence[EngineFile], choices: Sequence[dict[str, Any]], directory: Path) -> tuple[EngineFile, ...]:

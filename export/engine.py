@@ -6,6 +6,7 @@ import logging
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..graph.weights import Weight
-from .execution import Execution
+from .execution import Execution, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
 from .segment import Plan
@@ -146,8 +147,13 @@ class Engine:
                 raise ValueError(
                     "the engine runs on a GPU, and torch sees no CUDA device here; save it and load it where one is"
                 )
-            tensors = {name: self.weights[name].load().to(self.device) for name in self.plan.weight_names}
-            self._execution = Execution(self.plan, self.manifest, tensors, self.engine_dir, self.device)
+            with ThreadPoolExecutor(1) as pool:  # engines are opened while weights are read
+                opening = pool.submit(
+                    open_engines, self.plan, self.manifest.engines, self.config.target, self.engine_dir, self.device
+                )
+                tensors = {name: self.weights[name].load().to(self.device) for name in self.plan.weight_names}
+                lowered = opening.result()
+            self._execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
             self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # parts of joined weights: the KV cache can have their memory

@@ -95,7 +95,7 @@ class StepSizes:
 class Execution:
     """A plan with its weights on the device, KV caches and, on CUDA, captured decode steps.
 
-    weights: name -> tensor on `device`.
+    weights: name -> tensor on `device`. lowered: what `open_engines` opened. directory: of the engine files.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class Execution:
         plan: Plan,
         manifest: Manifest,
         weights: Mapping[str, Tensor],
+        lowered: Mapping[str, Lowered],
         directory: Path,
         device: torch.device,
     ) -> None:
@@ -111,7 +112,7 @@ class Execution:
         self._directory = directory
         self._inputs = list(plan.inputs)
         target = manifest.build.target
-        self._lowered = open_engines(plan, manifest.engines, target, directory, device)
+        self._lowered = lowered
         names = {file.target for file in manifest.engines} or {target}
         self._sizes = StepSizes(
             plan, self._lowered, manifest.build.buckets, max(get_target(name).min_tokens for name in names)
