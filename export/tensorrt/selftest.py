@@ -70,12 +70,12 @@ def self_test(device: torch.device | None = None) -> SelfTest:
     if device is None or device.type != "cuda":
         return _result(library, built, header, True, "built; running it needs a GPU")
     try:
-        error, ms = _run(built.data, device)
+        difference, ms = _run(built.data, device)
     except (LoweringError, RuntimeError) as failure:  # CUDA's own errors are RuntimeErrors
         return _result(library, built, header, False, f"built, but it does not run: {failure}")
-    close = error <= TOLERANCE
-    detail = f"largest difference from PyTorch {error:.1e}" + ("" if close else f", more than {TOLERANCE:.0e}")
-    return _result(library, built, header, close, detail, error, ms)
+    close = difference <= TOLERANCE
+    detail = f"largest difference from PyTorch {difference:.1e}" + ("" if close else f", more than {TOLERANCE:.0e}")
+    return _result(library, built, header, close, detail, difference, ms)
 
 
 def _result(
