@@ -26,6 +26,15 @@ logger = logging.getLogger(__name__)
 PACKAGES = ("torch-tensorrt", "torch-tensorrt-rtx")
 """Distributions that bring the module `torch_tensorrt`."""
 
+SETTINGS: dict[str, Any] = {
+    "min_block_size": 1,
+    "use_explicit_typing": True,  # the graph's own dtypes; enabled_precisions must stay as it is then
+    "disable_tf32": True,  # fp32 is fp32, as in eager
+    "truncate_double": True,
+    "attn_bias_is_causal": False,  # the default takes every mask of an attention for a causal one, an encoder's too
+}
+"""What Torch-TensorRT's compiler is told; releases that do not know a name ignore it."""
+
 
 class TorchTensorRtTarget:
     """Torch-TensorRT's dynamo frontend, on CUDA."""
@@ -78,12 +87,10 @@ class _WithWeights(nn.Module):
 
 class _TorchTensorRtSegment:
     def __init__(self, segment: Segment, device: torch.device) -> None:
-        self._segment, self._device = segment, device
+        self._segment, self._device = segment, _indexed(device)
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
         """Compiles the segment with these weights. Raises LoweringError with Torch-TensorRT's message."""
-        import torch_tensorrt
-
         segment = self._segment
         examples = []
         for entry in segment.placeholders[: segment.num_inputs]:
@@ -93,16 +100,17 @@ class _TorchTensorRtSegment:
             examples.append(make(shape, device=self._device).to(dtype))
         module = _WithWeights(segment.graph_module(self._device), weights).eval()
         try:
+            import torch_tensorrt
+
             with torch.no_grad():
                 exported = torch.export.export(module, tuple(examples), strict=False)
-            compiled: Any = torch_tensorrt.dynamo.compile(
-                exported, arg_inputs=examples, device=self._device, min_block_size=1, use_explicit_typing=True,
-                disable_tf32=True, truncate_double=True,
-            )  # fmt: skip
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                compiled: Any = torch_tensorrt.dynamo.compile(
+                    exported, arg_inputs=examples, device=self._device, **SETTINGS
+                )
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise LoweringError(
-                f"Torch-TensorRT could not compile segment {segment.id}: {str(error).splitlines()[0]}; "
-                "use target='inductor' or 'eager'"
+                f"Torch-TensorRT could not compile segment {segment.id}: {reason}; use target='inductor' or 'eager'"
             ) from error
 
         def call(*inputs: Tensor) -> Sequence[Tensor]:
@@ -110,3 +118,10 @@ class _TorchTensorRtSegment:
             return [results] if isinstance(results, Tensor) else list(results)
 
         return call
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its number, which Torch-TensorRT writes into its engines."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

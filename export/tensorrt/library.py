@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,9 +106,17 @@ def find_library(flavour: str | None = None) -> Library:
         raise LoweringError(f"TensorRT package {wanted!r} is unknown; allowed: {', '.join(FLAVOURS)}")
     candidates = [name for name in FLAVOURS if wanted in (None, name)]
     for name in candidates:
-        if importlib.util.find_spec(name) is not None:
+        if _is_installed(name):
             return _load(name)
     raise LoweringError(f"{' or '.join(candidates)} is not installed; {_FIX}")
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a package is there. Torch-TensorRT puts tensorrt_rtx into sys.modules as "tensorrt": that one is not tensorrt."""
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__package__ != name:
+        return False
+    return importlib.util.find_spec(name) is not None
 
 
 def _load(name: Flavour) -> Library:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,17 @@ def test_full_tensorrt_is_preferred(installed: dict[str, Any]) -> None:
     installed.update(tensorrt=fake("10.13.0"), tensorrt_rtx=fake("1.6.1.120"))
     assert (find_library().flavour, find_library().version) == ("tensorrt", "10.13.0")
     assert find_library("tensorrt_rtx").version == "1.6.1.120"
+
+
+def test_torch_tensorrts_alias_is_not_full_tensorrt(installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    rtx = fake("1.4.0.76")
+    installed.update(tensorrt=rtx, tensorrt_rtx=rtx)
+    alias = ModuleType("tensorrt")
+    alias.__package__ = "tensorrt_rtx"
+    monkeypatch.setitem(sys.modules, "tensorrt", alias)
+    assert (find_library().flavour, find_library().version) == ("tensorrt_rtx", "1.4.0.76")
+    with pytest.raises(LoweringError, match="tensorrt is not installed"):
+        find_library("tensorrt")
 
 
 def test_the_environment_chooses(installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
