@@ -199,13 +199,8 @@ def run_target(target: str, options: argparse.Namespace) -> list[dict[str, Any]]
     for name in options.models.split(","):
         for dtype in options.dtypes.split(","):
             if (name, dtype) not in found:
-                failed = {
-                    "model": name,
-                    "dtype": dtype,
-                    "target": target,
-                    "failed": f"the process ended, exit code {code}",
-                }
-                records.append({**failed, "trace": log[-3000:]})
+                missing = {"model": name, "dtype": dtype, "target": target, "failed": ended, "trace": last}
+                records.append(missing)
     for record in records:
         if "trace" in record:
             print(f"{target}, {record['model']} {record['dtype']}: {record['failed']}\n{record['trace']}", flush=True)
