@@ -29,7 +29,7 @@ from ..graph.weights import Weight
 from .engine import Engine
 from .manifest import Manifest, hardware_of
 from .segment import Plan
-from .targets.base import get_target
+from .targets.base import LoweringError, get_target
 
 logger = logging.getLogger(__name__)
 
@@ -236,6 +236,14 @@ def load_engine(
                 f"max_sequences is {max_sequences}; allowed: 1 to {manifest.build.max_sequences}, what the engine was built for"
             )
         manifest = dataclasses.replace(manifest, build=dataclasses.replace(manifest.build, max_sequences=max_sequences))
+    if not rebuild and "tensorrt" in manifest.targets:
+        from .targets.tensorrt import check_engines
+
+        names = [file.file for file in manifest.engines if file.target == "tensorrt"]
+        try:
+            check_engines(path / "engines", names)
+        except LoweringError as error:
+            raise ValueError(f"the engine at {path} does not fit: {error}") from error
     plan = Plan.from_json(json.loads((path / "plan.json").read_text()))
     weights = _stored_weights(path, manifest)
     tokenizer = path / "tokenizer"

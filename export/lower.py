@@ -126,13 +126,15 @@ def relower(engine: Engine) -> None:
     directory = Path(tempfile.mkdtemp(prefix="camshaft-engines-"))
     engine.remove_with_engine(directory)
     files: list[EngineFile] = []
+    wanted = {(file.segment, file.target, file.tokens) for file in engine.manifest.engines}
     versions = dict(engine.manifest.versions)
     for name in engine.manifest.targets:
         reason = get_target(name).unavailable(device)
         if reason is not None:
             logger.warning("target %s cannot run here (%s); the engine is rebuilt without it", name, reason)
             continue
-        files += lower_plan(engine.plan, name, build, directory)
+        made = lower_plan(engine.plan, name, build, directory)
+        files += [file for file in made if (file.segment, file.target, file.tokens) in wanted]  # not what auto refused
         versions |= get_target(name).versions()
     target = build.target if files or build.target == "eager" else _substitute(device)
     if not files and target != "eager":

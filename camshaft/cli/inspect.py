@@ -40,6 +40,15 @@ def inspect(
         bool,
         typer.Option("--engines", help="Only the engine files: inputs, layers, size, build time; what auto measured."),
     ] = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="FILE",
+            help="The layers of a TensorRT engine file as TensorRT's inspector sees them, as JSON; needs the GPU.",
+            show_default=False,
+        ),
+    ] = None,
     files: Annotated[bool, typer.Option("--files", help="Only the files: size, sha256.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -61,6 +70,9 @@ def inspect(
                 for r in rows
             ]
             to.console.print(table("Weights", ["weight", "dtype", "shape", "size", "file"], cells, left=(0, 1, 4)))
+        elif layers is not None:
+            to.document = _layers(engine, manifest, layers)
+            to.print(json.dumps(to.document, indent=1))
         elif engines:
             document = _document(manifest, plan)
             to.document = {key: document[key] for key in ("segments", "choices")}
@@ -76,6 +88,20 @@ def inspect(
         else:
             to.document = _document(manifest, plan)
             _summary(to, engine, manifest, plan)
+
+
+def _layers(path: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    """What TensorRT's inspector says of an engine file. Raises ValueError for a file that it cannot open here."""
+    from ..export.targets.base import LoweringError
+    from ..export.targets.tensorrt import inspect_engine
+
+    names = [file.file for file in manifest.engines if file.target == "tensorrt"]
+    if name not in names:
+        raise ValueError(f"{name} is no TensorRT engine of {path}; it has: {', '.join(names) or 'none'}")
+    try:
+        return inspect_engine(path / "engines" / name)
+    except LoweringError as error:
+        raise ValueError(str(error)) from error
 
 
 def read_engine(path: Path) -> tuple[Manifest, Plan]:

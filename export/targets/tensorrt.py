@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,7 +23,8 @@ from ..segment import Segment
 from .base import Built, Lowered, LoweringError, LowerRequest, node_signature
 
 if TYPE_CHECKING:
-    from ..tensorrt.runtime import TensorRtRuntime
+    from ..tensorrt.header import EngineHeader
+    from ..tensorrt.runtime import TensorRtEngine, TensorRtRuntime
 
 
 class TensorRtTarget:
@@ -66,13 +67,50 @@ class TensorRtTarget:
         from ..tensorrt.network import build_segment
 
         built = build_segment(segment, request.sizes or {}, capabilities=request.capabilities)
-        return Built(built.data, {"layers": dict(built.layers), "seconds": round(built.seconds, 4)})
+        details: dict[str, Any] = {"layers": dict(built.layers), "seconds": round(built.seconds, 4)}
+        header = header_of(built.data)
+        if header is not None:
+            details |= {"version": header.version_text, "capability_mask": header.capability_mask}
+        return Built(built.data, details)
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
         assert engine is not None
-        if not torch.cuda.is_available():
-            raise LoweringError(f"{engine.name} is a TensorRT engine, and torch sees no CUDA device here to run it on")
-        return runtime_of(engine.parent).open(engine.read_bytes(), engine.name)
+        return open_engine(engine)
+
+
+def open_engine(file: Path) -> TensorRtEngine:
+    """Opens an engine file on the current GPU. Raises LoweringError."""
+    if not torch.cuda.is_available():
+        raise LoweringError(f"{file.name} is a TensorRT engine, and torch sees no CUDA device here to run it on")
+    return runtime_of(file.parent).open(file.read_bytes(), file.name)
+
+
+def inspect_engine(file: Path) -> dict[str, Any]:
+    """The layers of an engine file, as TensorRT's inspector sees them. Raises LoweringError, without a GPU for one."""
+    return dict(json.loads(open_engine(file).layer_information()))
+
+
+def header_of(data: bytes) -> EngineHeader | None:
+    """The header of an engine of TensorRT-RTX; None for full TensorRT, whose layout is not known. Raises LoweringError."""
+    from ..tensorrt.header import EngineHeader
+    from ..tensorrt.library import find_library
+
+    return EngineHeader.parse(data) if find_library().flavour == "tensorrt_rtx" else None
+
+
+def check_engines(directory: Path, names: Sequence[str]) -> None:
+    """Reads the headers of engine files and compares them with this machine's TensorRT and GPU, before anything is loaded.
+
+    Raises LoweringError for the first that is damaged, of another version, or for other GPUs.
+    """
+    from ..tensorrt.library import find_library
+    from ..tensorrt.runtime import check_header
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    for name in names:
+        header = header_of((directory / name).read_bytes())
+        if header is not None:
+            check_header(header, find_library(), capability, name)
 
 
 _RUNTIMES: WeakValueDictionary[tuple[int, Path], TensorRtRuntime] = WeakValueDictionary()

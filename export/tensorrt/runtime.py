@@ -22,10 +22,6 @@ from .library import Library, find_library
 
 logger = logging.getLogger(__name__)
 
-PORTABLE_MASK = 0x3E
-"""In the mask of an engine that was built for no GPU in particular: it also runs on GPUs without a bit of their own, such as
-9.0. (Built beside a GPU, such an engine has one bit more.)"""
-
 _TORCH_TYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -91,8 +87,9 @@ class TensorRtRuntime:
     # ----------------------------------------------------------------------------------------------------------- engines
     def open(self, data: bytes, name: str) -> TensorRtEngine:
         """Opens an engine; its header is checked first. Raises LoweringError, which says what does not fit."""
-        header = EngineHeader.parse(data)
-        check_header(header, self.library, torch.cuda.get_device_capability(self.device), name)
+        if self.library.flavour == "tensorrt_rtx":
+            capability = torch.cuda.get_device_capability(self.device)
+            check_header(EngineHeader.parse(data), self.library, capability, name)
         with self.library.messages() as errors, torch.cuda.device(self.device):
             engine = self._runtime.deserialize_cuda_engine(data)
             context = self._context(engine) if engine is not None else None
@@ -190,11 +187,7 @@ def check_header(header: EngineHeader, library: Library, capability: tuple[int, 
         raise LoweringError(
             f"{name} was built with {library.flavour} {header.version_text}, here is {library.version}; {fix}"
         )
-    if (
-        capability is None
-        or not library.has_compute_capabilities
-        or header.capability_mask & PORTABLE_MASK == PORTABLE_MASK
-    ):
+    if capability is None or not library.has_compute_capabilities or header.portable:
         return
     here = f"{capability[0]}.{capability[1]}"
     if here not in header.capabilities:

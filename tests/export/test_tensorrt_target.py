@@ -65,6 +65,9 @@ def test_engines_are_built_saved_and_listed_without_a_gpu(tmp_path: Path) -> Non
     first = json.loads(shown.stdout)["segments"][0]["engines"][0]
     assert first["target"] == "tensorrt" and first["tokens"] == 1 and first["bytes"] > 1000
     assert first["inputs"]["x0"] == "int64[1, 1]" and first["layers"]
+    assert first["capability_mask"] & 0x3E == 0x3E and first["version"] in library.version
+    shown = CliRunner().invoke(_app(), ["inspect", str(tmp_path / "engine"), "--layers", first["file"]])
+    assert shown.exit_code != 0 and "torch sees no CUDA device here to run it on" in str(shown.exception) + shown.output
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
         camshaft.load(tmp_path / "engine")
     with pytest.raises(ValueError, match="torch sees no CUDA device here; save it and load it where one is"):
@@ -153,6 +156,23 @@ def test_an_artifact_of_another_version_says_what_to_do(whole: Engine, monkeypat
     message = r"built with tensorrt_rtx 1\.6\.1\.120, here is 1\.5\.0\.1: build it again .* rebuild=True"
     with pytest.raises(ValueError, match=message):
         artifact.check_fit(whole.manifest)
+
+
+def test_headers_are_read_before_anything_is_loaded(
+    whole: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole.save(tmp_path / "engine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    camshaft.load(tmp_path / "engine")
+    file = tmp_path / "engine" / "engines" / whole.manifest.engines[-1].file
+    data = file.read_bytes()
+    file.write_bytes(data[:24] + bytes((1, 5, 0, 1)) + data[28:])  # of the same size, so that only sha256 would tell
+    with pytest.raises(ValueError, match=r"does not fit: .*built with tensorrt_rtx 1\.5\.0\.1, here is .*rebuild=True"):
+        camshaft.load(tmp_path / "engine", verify=False)
+    file.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        camshaft.load(tmp_path / "engine", verify=False)
 
 
 def test_modules_have_fixed_sizes() -> None:

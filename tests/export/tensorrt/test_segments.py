@@ -25,8 +25,8 @@ from camshaft.passes.pipeline import decoder_passes
 
 CPU = torch.device("cpu")
 EVERY = ["demo", *FAMILIES, *MORE_FAMILIES]
-FEW = ["demo", "gemma2", "gpt2", "phimoe", "deepseek_v3", "apertus", "deepseek_v2"]
-"""They have most operators between them; CAMSHAFT_TEST_FAMILIES=all runs the others too (six minutes, most of it traces)."""
+MOST = ["demo", *FAMILIES, "phimoe", "deepseek_v3", "apertus", "deepseek_v2"]
+"""CAMSHAFT_TEST_FAMILIES=all runs the others too."""
 
 COMPLEX = {"deepseek_v2"}
 """Families that compute RoPE on complex numbers, which TensorRT does not have."""
@@ -35,7 +35,7 @@ BUILDS = [({"T": 1, "R": 1}, ()), ({"T": 8, "R": 4}, ()), ({"T": 8, "R": 4}, ("8
 seen: set[str] = set()
 
 
-@pytest.fixture(scope="module", params=EVERY if os.environ.get("CAMSHAFT_TEST_FAMILIES") == "all" else FEW)
+@pytest.fixture(scope="module", params=EVERY if os.environ.get("CAMSHAFT_TEST_FAMILIES") == "all" else MOST)
 def family(request: Any) -> tuple[str, Plan]:
     """A family with its plan in fp32 (the demo model in bf16, as it is stored)."""
     name = request.param
