@@ -31,8 +31,6 @@ from torch import Tensor, nn
 MODELS = ("vit", "bert")
 TARGETS = ("plain", "eager", "inductor", "torch_tensorrt", "tensorrt")
 CALLS, WARMUP = 30, 5
-LIMIT_S = 240
-"""Seconds that a target may take for all models and dtypes."""
 PACKAGES = (
     "camshaft", "torch", "transformers", "triton", "tensorrt", "tensorrt_rtx", "torch-tensorrt", "torch-tensorrt-rtx", "numpy",
 )  # fmt: skip
@@ -194,10 +192,10 @@ def run_target(target: str, options: argparse.Namespace) -> list[dict[str, Any]]
         log = Path(directory) / "log"
         with log.open("w") as errors_file:
             try:
-                done = subprocess.run(command, env=environment, stderr=errors_file, timeout=LIMIT_S)
+                done = subprocess.run(command, env=environment, stderr=errors_file, timeout=options.limit_s)
                 ended = f"the process ended with code {done.returncode}"
             except subprocess.TimeoutExpired:
-                ended = f"not done within {LIMIT_S} s"
+                ended = f"not done within {options.limit_s} s"
         last = log.read_text(errors="replace")[-3000:]
         records = [json.loads(line) for line in lines.read_text().splitlines()]
     found = {(record["model"], record["dtype"]) for record in records}
@@ -254,6 +252,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,float16")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--limit-s", type=int, default=500, help="seconds for one target, all models and dtypes")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
