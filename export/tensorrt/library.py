@@ -116,7 +116,8 @@ def _is_installed(name: str) -> bool:
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__package__ != name:
         return False
-    return importlib.util.find_spec(name) is not None
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder of that name on the path has no origin
 
 
 def _load(name: Flavour) -> Library:

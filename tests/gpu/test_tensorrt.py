@@ -147,6 +147,36 @@ def test_a_compiled_module_equals_eager(dtype: torch.dtype) -> None:
             assert float((compiled(x) - module(x)).abs().max()) < LOOSE[dtype]
 
 
+class Masked(nn.Module):
+    """Self-attention over [B, T, 64] that sees what a mask [B, T] of integers allows, as an encoder's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, dim=-1))
+        made = F.scaled_dot_product_attention(q, k, v, mask[:, None, None, :].bool())
+        return x + self.out(made.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "torch_tensorrt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_encoder_sees_behind_itself_what_its_mask_allows(target: str, dtype: torch.dtype) -> None:
+    reason = get_target(target).unavailable(DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    module = Masked().to(DEVICE, dtype).eval()
+    mask = torch.ones(2, 24, dtype=torch.int64, device=DEVICE)
+    mask[1, 9:] = 0
+    inputs = (random(2, 24, 64, seed=5, dtype=dtype).to(DEVICE), mask)
+    compiled = camshaft.compile(module, inputs, target=target)
+    with torch.no_grad():
+        for given in (inputs, tuple(tensor.flip(0) for tensor in inputs)):
+            assert float((compiled(*given) - module(*given)).abs().max()) < LOOSE[dtype]
+
+
 def test_sizes_that_vary_are_refused() -> None:
     rows = torch.export.Dim("rows", min=2, max=16)
     with pytest.raises(LoweringError, match="engines take one size only"):

@@ -26,10 +26,15 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return packages[name]
 
     monkeypatch.delenv("CAMSHAFT_TENSORRT", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: packages.get(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found(packages.get(name)))
     monkeypatch.setattr(importlib, "import_module", load)
     monkeypatch.setattr(module, "_log_of", lambda name: SimpleNamespace(listeners=[]))
     return packages
+
+
+def found(package: Any) -> Any:
+    """What find_spec says of a package, or of a folder that is none."""
+    return None if package is None else SimpleNamespace(origin=None if package == "a folder" else "__init__.py")
 
 
 def fake(version: str, **names: Any) -> SimpleNamespace:
@@ -53,6 +58,11 @@ def test_torch_tensorrts_alias_is_not_full_tensorrt(installed: dict[str, Any], m
     assert (find_library().flavour, find_library().version) == ("tensorrt_rtx", "1.4.0.76")
     with pytest.raises(LoweringError, match="tensorrt is not installed"):
         find_library("tensorrt")
+
+
+def test_a_folder_of_that_name_is_no_package(installed: dict[str, Any]) -> None:
+    installed.update(tensorrt="a folder", tensorrt_rtx=fake("1.6.1.120"))
+    assert find_library().flavour == "tensorrt_rtx"
 
 
 def test_the_environment_chooses(installed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
