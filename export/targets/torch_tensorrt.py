@@ -99,25 +99,49 @@ class _TorchTensorRtSegment:
             make = torch.randn if dtype.is_floating_point else torch.zeros
             examples.append(make(shape, device=self._device).to(dtype))
         module = _WithWeights(segment.graph_module(self._device), weights).eval()
+        compiled: Any
         try:
-            import torch_tensorrt
-
-            with torch.no_grad():
-                exported = torch.export.export(module, tuple(examples), strict=False)
-                compiled: Any = torch_tensorrt.dynamo.compile(
-                    exported, arg_inputs=examples, device=self._device, **SETTINGS
-                )
-        except (ImportError, OSError, RuntimeError, TypeError, ValueError, AssertionError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise LoweringError(
-                f"Torch-TensorRT could not compile segment {segment.id}: {reason}; use target='inductor' or 'eager'"
-            ) from error
+            compiled = self._compile(module, examples)
+        except _ERRORS as error:
+            convolutions = sorted({name for name in segment.operators if "conv" in name})
+            if not convolutions:
+                raise self._refusal(error) from error
+            logger.warning(  # some of its engines with convolutions in 16 bits build, and then do not open
+                "Torch-TensorRT could not compile segment %s (%s); %s is left to PyTorch",
+                segment.id, _first_line(error), ", ".join(convolutions),
+            )  # fmt: skip
+            try:
+                compiled = self._compile(module, examples, torch_executed_ops={torch.ops.aten.convolution.default})
+            except _ERRORS as second:
+                raise self._refusal(second) from second
 
         def call(*inputs: Tensor) -> Sequence[Tensor]:
             results = compiled(*inputs)
             return [results] if isinstance(results, Tensor) else list(results)
 
         return call
+
+    def _compile(self, module: nn.Module, examples: Sequence[Tensor], **more: Any) -> Any:
+        import torch_tensorrt
+
+        with torch.no_grad():
+            exported = torch.export.export(module, tuple(examples), strict=False)
+            return torch_tensorrt.dynamo.compile(
+                exported, arg_inputs=list(examples), device=self._device, **SETTINGS, **more
+            )
+
+    def _refusal(self, error: BaseException) -> LoweringError:
+        return LoweringError(
+            f"Torch-TensorRT could not compile segment {self._segment.id}: {_first_line(error)}; "
+            "use target='inductor' or 'eager'"
+        )
+
+
+_ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError, AssertionError)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _indexed(device: torch.device) -> torch.device:
