@@ -102,18 +102,15 @@ class _TorchTensorRtSegment:
         compiled: Any
         try:
             compiled = self._compile(module, examples)
-        except _ERRORS as error:
-            convolutions = sorted({name for name in segment.operators if "conv" in name})
-            if not convolutions:
-                raise self._refusal(error) from error
-            logger.warning(  # some of its engines with convolutions in 16 bits build, and then do not open
-                "Torch-TensorRT could not compile segment %s (%s); %s is left to PyTorch",
-                segment.id, _first_line(error), ", ".join(convolutions),
-            )  # fmt: skip
+        except _ERRORS as error:  # some engines with fused attention build, and then do not open
+            logger.warning("segment %s: %s; attention is taken apart", segment.id, _first_line(error))
             try:
-                compiled = self._compile(module, examples, torch_executed_ops={torch.ops.aten.convolution.default})
+                compiled = self._compile(module, examples, decompose_attention=True)
             except _ERRORS as second:
-                raise self._refusal(second) from second
+                raise LoweringError(
+                    f"Torch-TensorRT could not compile segment {segment.id}: {_first_line(second)}; "
+                    "use target='inductor' or 'eager'"
+                ) from second
 
         def call(*inputs: Tensor) -> Sequence[Tensor]:
             results = compiled(*inputs)
@@ -129,12 +126,6 @@ class _TorchTensorRtSegment:
             return torch_tensorrt.dynamo.compile(
                 exported, arg_inputs=list(examples), device=self._device, **SETTINGS, **more
             )
-
-    def _refusal(self, error: BaseException) -> LoweringError:
-        return LoweringError(
-            f"Torch-TensorRT could not compile segment {self._segment.id}: {_first_line(error)}; "
-            "use target='inductor' or 'eager'"
-        )
 
 
 _ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError, AssertionError)

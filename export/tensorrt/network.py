@@ -77,7 +77,7 @@ def serialize(maker: Any, builder: Builder, capabilities: Sequence[str] = ()) ->
     library, network, start = builder.library, builder.network, time.perf_counter()
     config = maker.create_builder_config()
     if hasattr(library.trt.BuilderFlag, "TF32"):
-        config.clear_flag(library.trt.BuilderFlag.TF32)  # fp32 is fp32, as in eager
+        config.clear_flag(library.trt.BuilderFlag.TF32)  # TensorRT-RTX computes fp32 products in TF32 all the same
     if capabilities:
         members = [library.compute_capability(name) for name in capabilities]
         config.num_compute_capabilities = len(members)

@@ -20,8 +20,10 @@ from .library import Library, find_library
 from .network import BuiltEngine, build_segment
 from .runtime import TensorRtRuntime, check_header
 
-TOLERANCE = 1e-4
-"""Largest allowed difference from PyTorch, absolute: fp32 products of 64 terms in another order of additions."""
+TOLERANCE = 1e-2
+"""Largest allowed difference from PyTorch, absolute, of sums of 64 products of about 1: TensorRT-RTX rounds the operands of fp32
+products to TF32 (11 bits), whether the builder's TF32 flag is set or not; seen on an H200: 3e-3.
+"""
 
 REPEATS = 20
 """Launches that are timed; the median counts."""

@@ -26,8 +26,8 @@ import camshaft
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
-LOOSE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""Largest difference from fp32 on values of about 1: a few roundings of the dtype."""
+LOOSE = {torch.float32: 5e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+"""Largest difference from fp32 on values of about 1: a few roundings of the dtype; of TF32 for fp32, see `selftest.TOLERANCE`."""
 
 
 @pytest.fixture(autouse=True)
