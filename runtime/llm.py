@@ -79,6 +79,7 @@ class LLM:
         chunked_prefill: compute long prompts over several steps.
         max_chunk_tokens: most tokens of one request in a step; None: the engine's max_batch_tokens.
         enable_prefix_cache: share KV blocks between requests with equal beginnings.
+        cuda_graphs: capture decode steps as CUDA graphs at the start (GPU); False: launch them piece by piece.
         seed: of the requests that bring none; equal calls in equal order then draw equal tokens.
         trace: file to which every scheduling decision is written, for replay (it holds prompts and outputs in full).
         compile_kwargs: for `camshaft.compile`.
