@@ -199,7 +199,8 @@ class Engine:
             return "CUDA graphs need a GPU"
         if not self.config.buckets:
             return "the engine was built without buckets"
-        blocked = {name for s in self.plan.segments.values() for name in s.operators if name.startswith(_UNCAPTURABLE)}
+        in_pytorch = [s for s in self.plan.segments.values() if s.eager or not self.manifest.engines_of(s.id)]
+        blocked = {name for s in in_pytorch for name in s.operators if name.startswith(_UNCAPTURABLE)}
         return f"{', '.join(sorted(blocked))} decides on the host what it launches" if blocked else None
 
     def step(self, batch: Any) -> Tensor:

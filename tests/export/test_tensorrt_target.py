@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Iterator
@@ -198,3 +199,15 @@ def test_torch_tensorrt_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) ->
 def test_torch_tensorrt_takes_no_decoders() -> None:
     with pytest.raises(ValueError, match="compiles modules with example_inputs; for a decoder use target='tensorrt'"):
         camshaft.compile(random_model(tiny_config("llama")), target="torch_tensorrt", device="cpu")
+
+
+def test_experts_in_an_engine_can_be_captured_and_in_pytorch_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "prepare", lambda self: None)
+    engine = build("mixtral", buckets=[])
+    assert engine.uncaptured is None and engine.graph_bytes() > 0
+    assert engine.manifest.report == ()
+    in_pytorch = Engine(
+        dataclasses.replace(engine.manifest, engines=()), engine.plan, engine.weights, engine.engine_dir, None
+    )
+    assert in_pytorch.uncaptured == "camshaft.moe.default decides on the host what it launches"
+    assert in_pytorch.capture() is None and in_pytorch.graph_bytes() == 0
