@@ -47,6 +47,11 @@ def bucket_of(buckets: Sequence[int], count: int) -> int:
     return buckets[index]
 
 
+def captured_sizes(buckets: Sequence[int], max_sequences: int) -> list[int]:
+    """The buckets that decode steps of up to `max_sequences` sequences run in."""
+    return [size for size in buckets if size <= bucket_of(buckets, max_sequences)]
+
+
 def varying_sizes(segment: Segment) -> set[str]:
     """The symbols of the sizes that vary in a segment's inputs: T, R, or an expression of them."""
     return {size for entry in segment.placeholders for size in entry["shape"] if isinstance(size, str)}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..graph.weights import Weight
+from .buckets import captured_sizes
 from .execution import Execution, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
@@ -188,7 +189,7 @@ class Engine:
         """Estimate of the memory that `capture` takes: the largest step's activations and the graphs themselves, in bytes."""
         if self.uncaptured is not None:
             return 0
-        captured = [bucket for bucket in self.config.buckets if bucket < 2 * self.max_sequences]
+        captured = captured_sizes(self.config.buckets, self.max_sequences)
         share = self.activation_bytes() * min(captured[-1], self.max_batch_tokens) // self.max_batch_tokens
         return share + len(captured) * len(self.plan.steps) * _BYTES_PER_CAPTURED_STEP
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .buckets import Bucketed, bucket_of, varying_sizes
+from .buckets import Bucketed, bucket_of, captured_sizes, varying_sizes
 from .executor import Executor, StepContext
 from .manifest import EngineFile, Manifest
 from .segment import Plan
@@ -137,7 +137,7 @@ class Execution:
 
         build, cache = self._manifest.build, self._manifest.cache
         assert self._stream is not None
-        buckets = [b for b in build.buckets if b <= bucket_of(build.buckets, max_sequences)]
+        buckets = captured_sizes(build.buckets, max_sequences)
         self.open(buckets)
         self._graphs = DecodeGraphs(
             self._launch, buckets, self._sizes,
