@@ -107,17 +107,23 @@ class Bucketed:
     def bind(self, weights: Sequence[Tensor]) -> Bound:
         """The segment with weights; a size that no engine takes raises LoweringError when it is called."""
         bounds: dict[int, Bound] = {}
+        varying: list[Bound] = []
         index, axis = self._input, self._axis
 
         def call(*inputs: Tensor) -> Sequence[Tensor]:
             size = inputs[index].shape[axis]
-            if size not in bounds:
-                lowered = self.open(size)
-                if lowered is None:
-                    raise LoweringError(
-                        f"segment {self.segment.id} has no engine for {size} tokens, only for {sorted(self._openers)}"
-                    )
+            if size in bounds:
+                return bounds[size](*inputs)
+            lowered = self.open(size)
+            if lowered is None:
+                raise LoweringError(
+                    f"segment {self.segment.id} has no engine for {size} tokens, only for {sorted(self._openers)}"
+                )
+            if self.is_fixed(size):
                 bounds[size] = lowered.bind(weights)
-            return bounds[size](*inputs)
+                return bounds[size](*inputs)
+            if not varying:
+                varying.append(lowered.bind(weights))
+            return varying[0](*inputs)
 
         return call

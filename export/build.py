@@ -221,13 +221,13 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
 
 
 def _buckets(given: tuple[int, ...] | None, max_batch_tokens: int, max_sequences: int) -> tuple[int, ...]:
-    """The token counts to build for; whatever is given, full steps are among them. Raises ValueError for impossible ones."""
+    """The token counts to build for; full steps and full decode steps are among them. Raises ValueError for impossible ones."""
     if given is None:
         return default_buckets(max_batch_tokens, max_sequences)
     wrong = [size for size in given if not 1 <= size <= max_batch_tokens]
     if wrong:
         raise ValueError(f"buckets hold {wrong}; allowed: 1 to max_batch_tokens ({max_batch_tokens})")
-    return tuple(sorted({*given, max_batch_tokens}))
+    return tuple(sorted({*given, min(max_sequences, max_batch_tokens), max_batch_tokens}))
 
 
 def _identity(source: ModelSource, config: BuildConfig, request: BuildRequest) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def source_fingerprint() -> str:
 def store(key: str, manifest: Manifest, plan: Plan, weights: Mapping[str, Weight], engines: Path) -> Path:
     """Adds a build to the cache and returns its directory (an existing entry wins)."""
     entry = cache_root() / "builds" / key
-    if entry.is_dir():
+    if (entry / "manifest.json").is_file():
         return entry
+    shutil.rmtree(entry, ignore_errors=True)  # the rest of one that was not removed whole
     with atomic_directory(entry, overwrite=False) as work:
         (work / "plan.json").write_text(json.dumps(plan.to_json(), separators=(",", ":")))
         recipes = {name: weights[name].recipe for name in plan.weight_names}
@@ -71,14 +73,15 @@ def find(key: str, sources: Mapping[str, Weight], tokenizer: Path | None) -> Eng
         manifest = Manifest.from_json((entry / "manifest.json").read_text(), entry / "manifest.json")
         plan = Plan.from_json(json.loads((entry / "plan.json").read_text()))
         recipes = json.loads((entry / "recipes.json").read_text())
+        missing = [file for file in manifest.engine_files if not (entry / "engines" / file).is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+        constants = [name for name, recipe in recipes.items() if recipe is None]
+        fixed = _stored_weights(entry, replace(manifest, weights=dict.fromkeys(constants, "constants.safetensors")))
     except (ValueError, KeyError, OSError) as error:
         logger.warning("build cache entry %s is damaged (%s) and is made again", entry, error)
         shutil.rmtree(entry, ignore_errors=True)
         return None
-    from dataclasses import replace
-
-    constants = [name for name, recipe in recipes.items() if recipe is None]
-    fixed = _stored_weights(entry, replace(manifest, weights=dict.fromkeys(constants, "constants.safetensors")))
     weights = {
         name: from_recipe(recipe, sources) if recipe is not None else fixed[name] for name, recipe in recipes.items()
     }

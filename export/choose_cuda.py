@@ -58,7 +58,15 @@ def lower_fastest(program: Program, config: BuildConfig, directory: Path, timer:
         target = usable[0] if usable else "eager"
         return Lowering(plan=plan, target=target, files=tuple(files), report=(*report, f"auto: {target}"))
     timer.begin("measuring")
-    choices = measure(plan, files, config, directory, timer.progress, use_cache=use_cache)
+    try:
+        choices = measure(plan, files, config, directory, timer.progress, use_cache=use_cache)
+    except (LoweringError, RuntimeError) as error:  # it builds without a GPU, and may not run on this one
+        report.append(f"auto: tensorrt is out: it was built, but does not run here: {str(error).splitlines()[0]}")
+        for file in files:
+            if file.target == "tensorrt":
+                (directory / file.file).unlink()
+        rest = tuple(file for file in files if file.target == "inductor")
+        return Lowering(plan=plan, target="inductor", files=rest, report=(*report, "auto: inductor"))
     kept = _kept(files, choices, directory)
     return Lowering(plan=plan, target="auto", files=kept, report=(*report, _summary(choices)), choices=choices)
 
@@ -89,6 +97,7 @@ def measure(
         name: open_engines(only, [file for file in files if file.target == name], name, directory, device)
         for name in targets
     }
+    stream = torch.cuda.Stream(device)
     open_together([engine for engines in opened.values() for engine in engines.values()], config.buckets)
     for number, segment in enumerate(missing):
         if progress is not None:
@@ -96,7 +105,7 @@ def measure(
         weights = [_random_weights(segment, device, seed) for seed in range(2 if uses[segment.id] > 1 else 1)]
         times[segment.id] = {
             size: {
-                name: 1e3 * _seconds(segment, opened[name][segment.id], weights, _taken(name, size), device)
+                name: 1e3 * _seconds(segment, opened[name][segment.id], weights, _taken(name, size), device, stream)
                 for name in targets
                 if _takes(opened[name][segment.id], size)
             }
@@ -153,7 +162,12 @@ def _random_weights(segment: Segment, device: torch.device, seed: int) -> list[T
 
 @torch.inference_mode()
 def _seconds(
-    segment: Segment, engine: Lowered, weights: Sequence[Sequence[Tensor]], size: int, device: torch.device
+    segment: Segment,
+    engine: Lowered,
+    weights: Sequence[Sequence[Tensor]],
+    size: int,
+    device: torch.device,
+    stream: torch.cuda.Stream,
 ) -> float:
     """Median time of a launch on the device."""
     inputs = []
@@ -166,7 +180,6 @@ def _seconds(
         inputs.append(made)
     launches, replays = (LAUNCHES, REPLAYS) if size < LONG else (2, 3)
     calls = [engine.bind(part) for part in weights]
-    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for call in calls:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,6 +69,7 @@ class Engine:
         self.tokenizer_path = tokenizer_path
         self.device = torch.device(manifest.build.device)
         self._execution: Execution | None = None
+        self._lock = threading.Lock()
         self._native: NativeStep | None = None
         self._native_line = ""
 
@@ -143,10 +145,19 @@ class Engine:
     # -------------------------------------------------------------------------------------------------------------- run
     def prepare(self) -> Execution:
         """Reads the weights onto the device and opens the segments' engines (once); called by the first use."""
+        with self._lock:
+            return self._prepare()
+
+    def _prepare(self) -> Execution:
         if self._execution is None:
             if self.device.type == "cuda" and not torch.cuda.is_available():
                 raise ValueError(
                     "the engine runs on a GPU, and torch sees no CUDA device here; save it and load it where one is"
+                )
+            if self.device.type == "cuda" and torch.cuda.current_device() != 0:
+                raise ValueError(
+                    f"the current CUDA device is {torch.cuda.current_device()}; an engine runs on device 0 of those that are "
+                    "visible: choose the GPU with CUDA_VISIBLE_DEVICES"
                 )
             with ThreadPoolExecutor(1) as pool:  # engines are opened while weights are read
                 opening = pool.submit(
@@ -154,8 +165,8 @@ class Engine:
                 )
                 tensors = {name: self.weights[name].load().to(self.device) for name in self.plan.weight_names}
                 lowered = opening.result()
-            self._execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
             self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
+            self._execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # parts of joined weights: the KV cache can have their memory
         return self._execution
@@ -168,6 +179,7 @@ class Engine:
                 f"{len(num_blocks)} numbers of blocks for {len(cache.windows)} cache groups; give one each"
             )
         execution = self.prepare()
+        self.release_cache()  # the old one first: both together may not fit
         caches = []
         for index, layer in enumerate(cache.layers):
             shape = (num_blocks[cache.group_of(index)], cache.block_size, layer.num_kv_heads)
@@ -175,6 +187,11 @@ class Engine:
             k_cache, v_cache = (_zeros(size, layer.dtype, self.device) for size in sizes)
             caches.append((k_cache, v_cache))
         execution.bind_caches(caches)
+
+    def release_cache(self) -> None:
+        """Frees the KV tensors and the captured steps that use them; `bind_cache` makes new ones."""
+        if self._execution is not None:
+            self._execution.bind_caches([])
 
     def capture(self) -> DecodeGraphs | None:
         """Captures decode steps as CUDA graphs; None where there is nothing to capture (`uncaptured` says why).

@@ -74,7 +74,10 @@ def _build_all(
     if target.fixed_sizes and use_cache:
         from .engine_cache import EngineCache
 
-        cache = EngineCache(target.name, target.versions())
+        versions = target.versions()
+        if "tensorrt" in versions and torch.cuda.is_available():  # full TensorRT builds for the GPU that is here
+            versions = {**versions, "gpu": torch.cuda.get_device_name()}
+        cache = EngineCache(target.name, versions)
     missing = []
     for index, (segment, request) in enumerate(jobs):
         found = cache.find(segment, request) if cache is not None else None
@@ -125,26 +128,31 @@ def relower(engine: Engine) -> None:
         )
     directory = Path(tempfile.mkdtemp(prefix="camshaft-engines-"))
     engine.remove_with_engine(directory)
-    files: list[EngineFile] = []
-    wanted = {(file.segment, file.target, file.tokens) for file in engine.manifest.engines}
-    versions = dict(engine.manifest.versions)
+    build = dataclasses.replace(build, capabilities=())  # for whatever GPU is here
+    targets = []
     for name in engine.manifest.targets:
         reason = get_target(name).unavailable(device)
-        if reason is not None:
+        if reason is None:
+            targets.append(name)
+        else:
             logger.warning("target %s cannot run here (%s); the engine is rebuilt without it", name, reason)
-            continue
+    whole = len(targets) == len(engine.manifest.targets)
+    if not whole:
+        build = dataclasses.replace(build, target=targets[0] if targets else _substitute(device))
+        targets = [build.target]
+    files: list[EngineFile] = []
+    versions = dict(engine.manifest.versions)
+    chosen = {(file.segment, file.target, file.tokens) for file in engine.manifest.engines}
+    for name in targets:
         made = lower_plan(engine.plan, name, build, directory)
-        files += [file for file in made if (file.segment, file.target, file.tokens) in wanted]  # not what auto refused
+        keep_all = not whole or not chosen
+        files += [file for file in made if keep_all or (file.segment, file.target, file.tokens) in chosen]
         versions |= get_target(name).versions()
-    target = build.target if files or build.target == "eager" else _substitute(device)
-    if not files and target != "eager":
-        files += lower_plan(engine.plan, target, build, directory)
-        versions |= get_target(target).versions()
     engine.engine_dir = directory
     engine.manifest = dataclasses.replace(
         engine.manifest,
         engines=tuple(files),
-        build=dataclasses.replace(build, target=target),
+        build=build,
         hardware=hardware_of(device),
         versions=versions,
     )

@@ -105,6 +105,10 @@ class Engine(Protocol):
         """Allocates the KV tensors, one number of blocks per cache group."""
         ...
 
+    def release_cache(self) -> None:
+        """Frees what `bind_cache` and `capture` made."""
+        ...
+
     def graph_bytes(self) -> int:
         """Estimate of the memory that `capture` takes."""
         ...
@@ -287,12 +291,16 @@ def _sample_rows(query_start: npt.NDArray[np.int64], num_logit_rows: npt.NDArray
 
 
 class _PackedRing:
-    """Two host buffers in turn: several arrays are written into one and go to the device in one transfer."""
+    """Two host buffers in turn: several arrays are written into one and go to the device in one transfer.
+
+    A buffer is written again only when its last transfer is over; steps that sample nothing do not wait for the device.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype = dtype
         self._device = device
         self._buffers = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
+        self._copied: list[torch.cuda.Event | None] = [None, None]
         self._turn = 0
 
     def pack(self, arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
@@ -303,6 +311,9 @@ class _PackedRing:
             offsets.append(end)
             end += -(-array.size // _ALIGN) * _ALIGN
         self._turn = 1 - self._turn
+        copied = self._copied[self._turn]
+        if copied is not None:
+            copied.synchronize()
         host = self._buffers[self._turn]
         if host.numel() < end:
             pin = self._device.type == "cuda"
@@ -311,4 +322,7 @@ class _PackedRing:
         for array, offset in zip(arrays, offsets):
             flat[offset : offset + array.size] = array.reshape(-1)
         packed = host[:end].to(self._device, non_blocking=True)
+        if self._device.type == "cuda":
+            copied = self._copied[self._turn] = copied or torch.cuda.Event()
+            copied.record()
         return [packed[o : o + a.size].view(a.shape) for o, a in zip(offsets, arrays)]

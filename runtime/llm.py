@@ -229,8 +229,9 @@ class LLM:
         )
 
     def shutdown(self) -> None:
-        """Ends the serving thread; requests under way fail. The LLM cannot be used afterwards."""
+        """Ends the serving thread and frees the KV cache; requests under way fail. The LLM cannot be used afterwards."""
         self._close()
+        self.engine.release_cache()
 
     def __enter__(self) -> LLM:
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,6 +113,7 @@ def check_engines(directory: Path, names: Sequence[str]) -> None:
             check_header(header, find_library(), capability, name)
 
 
+_LOCK = threading.Lock()
 _RUNTIMES: WeakValueDictionary[tuple[int, Path], TensorRtRuntime] = WeakValueDictionary()
 
 KERNELS = "tensorrt.kernels"
@@ -124,20 +125,23 @@ def runtime_of(directory: Path) -> TensorRtRuntime:
     from ..tensorrt.runtime import TensorRtRuntime
 
     index = torch.cuda.current_device()
-    runtime = _RUNTIMES.get((index, directory))
-    if runtime is None:
-        runtime = TensorRtRuntime(torch.device("cuda", index), (directory / KERNELS, own_kernels(directory)))
-        _RUNTIMES[index, directory] = runtime
+    with _LOCK:
+        runtime = _RUNTIMES.get((index, directory))
+        if runtime is None:
+            runtime = TensorRtRuntime(torch.device("cuda", index), (directory / KERNELS, own_kernels(directory)))
+            _RUNTIMES[index, directory] = runtime
     return runtime
 
 
 def own_kernels(directory: Path) -> Path:
     """Where this machine keeps the kernels of the engines in a directory that came without, or from another GPU."""
     from ..cache import cache_root
+    from ..tensorrt.library import find_library
 
+    library = find_library()
     names = sorted(file.name for file in directory.glob("*.engine"))
     name = torch.cuda.get_device_name()
-    key = hashlib.sha256(json.dumps([name, names]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps([library.flavour, library.version, name, names]).encode()).hexdigest()[:24]
     return cache_root() / "kernels" / f"{key}.kernels"
 
 
@@ -150,15 +154,11 @@ def keep_kernels(directory: Path) -> None:
 
 def compile_kernels(directory: Path, names: Sequence[str]) -> None:
     """Opens engines of a directory, many at once, and writes the kernels that TensorRT compiled for this GPU beside them."""
-    kept = own_kernels(directory)
-    if kept.is_file():
-        shutil.copyfile(kept, directory / KERNELS)
-        return
     runtime = runtime_of(directory)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         opened = list(pool.map(lambda name: runtime.open((directory / name).read_bytes(), name), names))
     runtime.keep_kernels(directory / KERNELS)
-    runtime.keep_kernels(kept)
+    runtime.keep_kernels(own_kernels(directory))
     del opened
 
 

@@ -1,7 +1,7 @@
 """Runs TensorRT engines of fixed shapes: opened once, launched for every layer with that layer's addresses.
 
 Activations and weights are inputs, outputs are allocated by torch, so that a launch can be captured in a CUDA graph together with
-everything around it. All engines of a process run one after another and share one scratch buffer.
+everything around it. Engines that run on one stream follow one another and share its scratch memory.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class TensorRtRuntime:
         self.library = find_library()
         self.device = device
         self._runtime = self.library.trt.Runtime(self.library.log)
-        self._scratch: list[Tensor] = []
+        self._scratch: dict[int, list[Tensor]] = {}
+        self._scratch_bytes = 0
         self._cache: Any = None
-        self._stored = [file for file in kernels if file.is_file()]
+        there = [file for file in kernels if file.is_file()]
+        self._stored = sorted(there, key=lambda file: file.stat().st_size, reverse=True)  # the fullest first
+        self._read: Path | None = None
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------------------------------------- compiled kernels
@@ -59,9 +62,9 @@ class TensorRtRuntime:
         return bytes(memory) if memory is not None else None
 
     def keep_kernels(self, file: Path) -> None:
-        """Writes `kernels` to a file, whole or not at all, if there are more than it holds."""
+        """Writes `kernels` to a file, whole or not at all, unless it is one that was read and nothing has come to it since."""
         data = self.kernels()
-        if data is None or file.is_file() and file.stat().st_size >= len(data):
+        if data is None or file == self._read and file.stat().st_size >= len(data):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.partial")
@@ -79,7 +82,8 @@ class TensorRtRuntime:
             with self._lock:
                 if self._cache is None:
                     self._cache = config.create_runtime_cache()
-                    if not any(self._cache.deserialize(file.read_bytes()) for file in self._stored) and self._stored:
+                    self._read = next((f for f in self._stored if self._cache.deserialize(f.read_bytes())), None)
+                    if self._read is None and self._stored:
                         logger.warning("the stored TensorRT kernels do not fit this machine; they are compiled again")
             config.set_runtime_cache(self._cache)
         return engine.create_execution_context(config)
@@ -99,18 +103,19 @@ class TensorRtRuntime:
                     "build it again here"
                 )
             with self._lock:
-                self._reserve(int(engine.device_memory_size_v2))
+                self._scratch_bytes = max(self._scratch_bytes, int(engine.device_memory_size_v2))
             return TensorRtEngine(self, engine, context, name)
 
-    def _reserve(self, size: int) -> None:
-        """Grows the scratch memory. Smaller pieces are kept: captured graphs know their addresses."""
-        if size and (not self._scratch or self._scratch[-1].numel() < size):
-            self._scratch.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+    def scratch_address(self, stream: int) -> int:
+        """Address of a stream's scratch memory, large enough for every engine that is open.
 
-    @property
-    def scratch_address(self) -> int:
-        """Address of the scratch memory, which is large enough for every open engine; 0 where none needs any."""
-        return self._scratch[-1].data_ptr() if self._scratch else 0
+        Launches of one stream follow one another and share it. Smaller pieces are kept, since captured graphs know their
+        addresses; before a capture each launch has run once on the same stream, so that nothing is allocated within.
+        """
+        pieces = self._scratch.setdefault(stream, [])
+        if not pieces or pieces[-1].numel() < self._scratch_bytes:
+            pieces.append(torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self.device))
+        return pieces[-1].data_ptr()
 
 
 class TensorRtEngine:
@@ -158,9 +163,10 @@ class TensorRtEngine:
                 set_address(name, address)
             for (name, _, _), result in zip(outputs, results):
                 set_address(name, result.data_ptr())
+            stream = torch.cuda.current_stream(device).cuda_stream
             if scratch_bytes:
-                context.set_device_memory(runtime.scratch_address, scratch_bytes)
-            if not execute(torch.cuda.current_stream(device).cuda_stream):
+                context.set_device_memory(runtime.scratch_address(stream), scratch_bytes)
+            if not execute(stream):
                 raise RuntimeError(f"{self.name}: TensorRT could not launch the engine; its log says why")
             return results
 

@@ -135,10 +135,49 @@ def test_rebuild_lowers_again_from_the_graphs(engine: Engine, saved: Path) -> No
     manifest = json.loads((saved / "manifest.json").read_text())
     for name in [name for name in manifest["files"] if name.startswith("engines/")]:
         del manifest["files"][name]
-    manifest["engines"] = {}
+    manifest["engines"] = []
     (saved / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(saved / "engines")
     assert _tokens(camshaft.load(saved, rebuild=True)) == _tokens(engine)
+
+
+def test_a_rebuild_without_one_of_two_targets_keeps_every_engine_of_the_other(
+    engine: Engine, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((saved / "manifest.json").read_text())
+    first = manifest["engines"][0]
+    _edit(saved, build={"target": "auto"})  # as auto leaves it: one engine of another target, which is not here
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["engines"] = [{**first, "target": "torch_tensorrt", "tokens": 4}, *manifest["engines"][1:]]
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    loaded = camshaft.load(saved, rebuild=True)
+    assert loaded.config.target == "onnxruntime"
+    assert {file.segment for file in loaded.manifest.engines} == {file.segment for file in engine.manifest.engines}
+    assert _tokens(loaded) == _tokens(engine)
+
+
+def test_a_build_cache_entry_that_lost_files_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAMSHAFT_CACHE", str(tmp_path))
+    options = {"target": "onnxruntime", "device": "cpu", "max_seq_len": 64, "max_batch_tokens": 16, "max_sequences": 4}
+    model = random_model(tiny_config("llama"))
+    first = camshaft.compile(model, **options)
+    for lost in (first.manifest.engine_files[0], None):
+        if lost is not None:
+            (first.engine_dir / lost).unlink()
+        else:
+            (first.engine_dir.parent / "manifest.json").unlink()
+        again = camshaft.compile(model, **options)
+        assert "cached" not in again.manifest.timings
+        assert all((again.engine_dir / name).is_file() for name in again.manifest.engine_files)
+    assert "cached" in camshaft.compile(model, **options).manifest.timings
+
+
+def test_an_llm_that_ends_frees_the_cache_and_another_takes_it(engine: Engine) -> None:
+    expected = _tokens(engine)
+    assert engine.prepare().executor.caches == []
+    assert _tokens(engine) == expected
 
 
 def test_not_an_engine(tmp_path: Path) -> None:

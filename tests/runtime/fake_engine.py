@@ -85,6 +85,9 @@ class FakeEngine:
     def prepare(self) -> None:
         pass
 
+    def release_cache(self) -> None:
+        self.caches = []
+
     def graph_bytes(self) -> int:
         return 0
 
