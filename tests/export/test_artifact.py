@@ -156,9 +156,7 @@ def test_a_rebuild_without_one_of_two_targets_keeps_every_engine_of_the_other(
     assert _tokens(loaded) == _tokens(engine)
 
 
-def test_a_build_cache_entry_that_lost_files_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_build_cache_entry_that_lost_files_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAMSHAFT_CACHE", str(tmp_path))
     options = {"target": "onnxruntime", "device": "cpu", "max_seq_len": 64, "max_batch_tokens": 16, "max_sequences": 4}
     model = random_model(tiny_config("llama"))
