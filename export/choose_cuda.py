@@ -39,6 +39,8 @@ def lower_fastest(program: Program, config: BuildConfig, directory: Path, timer:
     """Lowers a program for CUDA with the fastest engine for each segment and bucket. Raises LoweringError."""
     device = torch.device(config.device)
     reasons = {name: get_target(name).unavailable(device) for name in ("tensorrt", "inductor")}
+    if config.dtype == "float32" and reasons["inductor"] is None:
+        reasons["tensorrt"] = "its float32 products are rounded to TF32; ask for target tensorrt to have them"
     usable = [name for name, reason in reasons.items() if reason is None]
     report = [f"auto: {name} is out: {reason}" for name, reason in reasons.items() if reason is not None]
     timer.begin("partitioning")
