@@ -82,9 +82,9 @@ def _app() -> Any:
 
 
 def test_equal_layers_of_another_model_are_found_in_the_cache() -> None:
-    first = build(max_batch_tokens=7, buckets=[])
+    first = build(max_batch_tokens=7, max_sequences=3, buckets=[])
     assert not any(file.details.get("cached") for file in first.manifest.engines)
-    second = build(max_batch_tokens=7, buckets=[], max_seq_len=60)
+    second = build(max_batch_tokens=7, max_sequences=3, buckets=[], max_seq_len=60)
     assert all(file.details.get("cached") for file in second.manifest.engines)
     for one, two in zip(first.manifest.engines, second.manifest.engines):
         assert (first.engine_dir / one.file).read_bytes() == (second.engine_dir / two.file).read_bytes()
