@@ -39,6 +39,12 @@ class BuildConfig:
     """Token counts that engines of fixed size are built for and CUDA graphs are captured for, ascending; () on the CPU."""
     capabilities: tuple[str, ...] = ()
     """Compute capabilities that TensorRT engines are built for, such as "8.9"; (): engines that run on any GPU."""
+    quantize: str | None = None
+    """Format of linear layers: None as they are, "fp8" float8_e4m3fn (weights per channel, activations per token)."""
+    kv_cache_dtype: str = "auto"
+    """What keys and values are stored as: "auto" the compute dtype, "fp8" float8_e4m3fn."""
+    batch_invariant: bool = False
+    """Whether a token's result must not depend, to the last bit, on what else is in its step; CUDA only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,9 +105,49 @@ define(
     ),
 )
 
+FP8_MAX = 448.0
+"""Largest finite float8_e4m3fn."""
+
+
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    wide = x.float()
+    scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+
+
+# Dynamic scales, one for each row: x [.., K] -> (float8_e4m3fn [.., K], fp32 scales [.., 1] = max |row| / 448).
+define(
+    "quantize_rows(Tensor x) -> (Tensor, Tensor)",
+    _quantize_rows,
+    lambda x: (
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device),
+    ),
+)
+
+
+def _scaled_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    product = torch.matmul(x.float(), weight.float().t()) * x_scale * weight_scale
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+# Linear layer on float8_e4m3fn operands: x [.., K] with scales [.., 1], weight [N, K] with scales [N], bias [N] or None;
+# products summed in fp32, scaled, rounded once. Returns [.., N] in `dtype`.
+define(
+    "scaled_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor",
+    _scaled_linear,
+    lambda x, x_scale, weight, weight_scale, bias, dtype: torch.empty(
+        (*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device
+    ),
+)
+
 QUANT_DEFINITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.camshaft.quantize.default: _quantize,
     torch.ops.camshaft.dequantize.default: _dequantize,
     torch.ops.camshaft.dequantize_packed.default: _dequantize_packed,
+    torch.ops.camshaft.quantize_rows.default: _quantize_rows,
+    torch.ops.camshaft.scaled_linear.default: _scaled_linear,
 }
 """Operators to the functions that define them."""

@@ -44,13 +44,14 @@ class LowerRequest:
     """What a segment is lowered for.
 
     device: where it will run. max_tokens: the most rows that it gets. sizes: fixed values of the sizes that vary, or None if they
-    stay open. capabilities: compute capabilities to build for; (): any.
+    stay open. capabilities: compute capabilities to build for; (): any. batch_invariant: see `BuildConfig`.
     """
 
     device: torch.device
     max_tokens: int
     sizes: Mapping[str, int] | None = None
     capabilities: tuple[str, ...] = ()
+    batch_invariant: bool = False
 
 
 class Lowered(Protocol):
