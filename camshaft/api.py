@@ -29,6 +29,9 @@ def compile(
     block_size: int = 16,
     buckets: Sequence[int] | None = None,
     capabilities: Sequence[str] | None = None,
+    quantize: str | None = None,
+    kv_cache_dtype: str = "auto",
+    batch_invariant: bool = False,
     cache: bool = True,
     verify: bool = False,
     dump_dir: str | Path | None = None,
@@ -52,6 +55,10 @@ def compile(
         buckets: on CUDA, token counts that TensorRT engines are built for and decode steps are captured for; None: 1, 2, 4
             ... max_sequences ... max_batch_tokens.
         capabilities: compute capabilities that TensorRT engines are built for, such as "8.9"; None: any.
+        quantize: "fp8": linear layers in float8_e4m3fn, weights with a scale per output row (made here, max-abs), activations
+            with one per token; None: as the weights are. See docs/quantization.md.
+        kv_cache_dtype: what keys and values are stored as: "auto", the compute dtype, or "fp8", float8_e4m3fn.
+        batch_invariant: a token's logits do not depend, to the last bit, on what else is in its step; CUDA only, slower.
         cache: reuse an equal build, and keep this one for the next ($CAMSHAFT_CACHE or ~/.cache/camshaft).
         verify: run the program after each pass on the CPU and record the error in the pass table.
         dump_dir: write the graph before and after each pass there ($CAMSHAFT_DUMP does the same).
@@ -87,6 +94,9 @@ def compile(
         block_size=block_size,
         buckets=tuple(buckets) if buckets is not None else None,
         capabilities=tuple(capabilities or ()),
+        quantize=quantize,
+        kv_cache_dtype=kv_cache_dtype,
+        batch_invariant=batch_invariant,
         use_cache=cache,
         verify=verify,
         dump_dir=Path(dump) if dump else None,

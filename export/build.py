@@ -22,7 +22,15 @@ from . import cache
 from .buckets import default_buckets
 from .choose import Lowering, lower_program
 from .engine import Engine
-from .manifest import FORMAT_VERSION, BuildConfig, Manifest, ModelFacts, hardware_of
+from .manifest import (
+    FORMAT_VERSION,
+    KV_CACHE_DTYPES,
+    QUANTIZE_FORMATS,
+    BuildConfig,
+    Manifest,
+    ModelFacts,
+    hardware_of,
+)
 from .targets.base import available_targets, get_target
 from .timer import Progress, Timer
 
@@ -49,6 +57,9 @@ class BuildRequest:
     dump_dir: Path | None = None
     buckets: tuple[int, ...] | None = None
     capabilities: tuple[str, ...] = ()
+    quantize: str | None = None
+    kv_cache_dtype: str = "auto"
+    batch_invariant: bool = False
 
 
 def resolve_device(name: str | torch.device | None, target: str = "auto") -> torch.device:
@@ -207,6 +218,7 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
             )
     if request.capabilities and request.target != "tensorrt":
         raise ValueError(f"capabilities are for target tensorrt, and the target is {request.target}; leave them out")
+    _check_precision(request, device)
     return BuildConfig(
         target=request.target,
         device=device.type,
@@ -217,7 +229,27 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
         block_size=request.block_size,
         buckets=_buckets(request.buckets, max_batch_tokens, max_sequences) if on_gpu else (),
         capabilities=request.capabilities,
+        quantize=request.quantize,
+        kv_cache_dtype=request.kv_cache_dtype,
+        batch_invariant=request.batch_invariant,
     )
+
+
+def _check_precision(request: BuildRequest, device: torch.device) -> None:
+    """Raises ValueError for an unknown format, or batch_invariant where there are no kernels for it."""
+    if request.quantize not in (None, *QUANTIZE_FORMATS):
+        raise ValueError(
+            f"quantize is {request.quantize!r}; allowed: {', '.join(map(repr, QUANTIZE_FORMATS))}, or None"
+        )
+    if request.kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(
+            f"kv_cache_dtype is {request.kv_cache_dtype!r}; allowed: {', '.join(map(repr, KV_CACHE_DTYPES))}"
+        )
+    if request.batch_invariant and device.type != "cuda":
+        raise ValueError(
+            f"batch_invariant is on and the device is {device.type}; its kernels run on CUDA only: leave it out, or build with "
+            "device='cuda'"
+        )
 
 
 def _buckets(given: tuple[int, ...] | None, max_batch_tokens: int, max_sequences: int) -> tuple[int, ...]:

@@ -15,6 +15,10 @@ from ..graph.program import CacheSpec, LayerCache, PassRecord
 
 FORMAT_VERSION = 1
 """Version of the artifact's layout. A reader refuses a higher one."""
+QUANTIZE_FORMATS = ("fp8",)
+"""What `quantize` may be, besides None."""
+KV_CACHE_DTYPES = ("auto", "fp8")
+"""What `kv_cache_dtype` may be."""
 
 
 @dataclass(frozen=True, kw_only=True)

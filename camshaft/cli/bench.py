@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .common import (
+    BatchInvariantOption,
     BatchTokensOption,
     BlockSizeOption,
     DeviceOption,
@@ -18,7 +19,9 @@ from .common import (
     EngineOrModelArgument,
     JsonOption,
     KvBytesOption,
+    KvDtypeOption,
     Output,
+    QuantizeOption,
     SeqLenOption,
     SequencesOption,
     TargetOption,
@@ -133,6 +136,9 @@ def run(
     max_batch_tokens: BatchTokensOption = None,
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
+    quantize: QuantizeOption = None,
+    kv_cache_dtype: KvDtypeOption = None,
+    batch_invariant: BatchInvariantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure throughput with many requests at once, or (--latency) the time of single ones.
@@ -164,6 +170,9 @@ def run(
         "max_batch_tokens": max_batch_tokens,
         "max_sequences": max_sequences,
         "block_size": block_size,
+        "quantize": quantize,
+        "kv_cache_dtype": kv_cache_dtype,
+        "batch_invariant": batch_invariant,
     }
     with output(as_json) as to:
         engine = open_engine(model, build)

@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    BatchInvariantOption,
     BatchTokensOption,
     BlockSizeOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    KvDtypeOption,
     ModelArgument,
     NoCacheOption,
     Output,
+    QuantizeOption,
     SeqLenOption,
     SequencesOption,
     TargetOption,
     format_bytes,
     output,
     pass_table,
+    precision_text,
     resolve_model,
     table,
 )
@@ -54,6 +58,9 @@ def build(
     max_batch_tokens: BatchTokensOption = None,
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
+    quantize: QuantizeOption = None,
+    kv_cache_dtype: KvDtypeOption = None,
+    batch_invariant: BatchInvariantOption = None,
     buckets: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +116,9 @@ def build(
             block_size=16 if block_size is None else block_size,
             buckets=_numbers(buckets),
             capabilities=capabilities.split(",") if capabilities else None,
+            quantize=quantize,
+            kv_cache_dtype=kv_cache_dtype or "auto",
+            batch_invariant=bool(batch_invariant),
             cache=not no_cache,
             verify=verify,
             dump_dir=dump,
@@ -224,7 +234,7 @@ def _print(to: Output, engine: Engine, out: Path, report: bool) -> None:
     total = sum(facts["bytes"] for facts in manifest.files.values())
     to.print(
         f"{out}: {manifest.model.name}, {manifest.model.num_parameters / 1e6:.1f} M parameters, "
-        f"target {build.target}, {build.device}, {build.dtype}; "
+        f"target {build.target}, {build.device}, {precision_text(build)}; "
         f"{format_bytes(total)} ({format_bytes(engine.weights_bytes)} weights)",
         style="bold",
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from ..export.engine import Engine
+    from ..export.manifest import BuildConfig
     from ..graph.program import PassRecord
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -66,6 +67,35 @@ SequencesOption = Annotated[
 BlockSizeOption = Annotated[
     int | None,
     typer.Option("--block-size", rich_help_panel=_BUILD, help="Tokens in a block of the KV cache; default: 16."),
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="FORMAT",
+        rich_help_panel=_BUILD,
+        help='"fp8": linear layers in 8-bit floats, quantized here; default: as the weights are.',
+        show_default=False,
+    ),
+]
+KvDtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        rich_help_panel=_BUILD,
+        help='What keys and values are stored as: "auto" (as computed) or "fp8".',
+        show_default=False,
+    ),
+]
+BatchInvariantOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--batch-invariant",
+        rich_help_panel=_BUILD,
+        help="Results do not depend, to the last bit, on what else is in a step; needs a GPU.",
+        show_default=False,
+    ),
 ]
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", rich_help_panel=_BUILD, help="Neither reuse an earlier build nor keep this one.")
@@ -178,6 +208,18 @@ def pass_table(passes: Sequence[PassRecord]) -> Table:
             row.append("" if record.max_error is None else f"{record.max_error:.2g}")
         rows.append(row)
     return table("Passes", columns, rows, left=(0, 1))
+
+
+def precision_text(build: BuildConfig) -> str:
+    """What a build computes in: "bfloat16, fp8 linear layers, fp8 KV cache, batch-invariant"."""
+    parts = [build.dtype]
+    if build.quantize is not None:
+        parts.append(f"{build.quantize} linear layers")
+    if build.kv_cache_dtype != "auto":
+        parts.append(f"{build.kv_cache_dtype} KV cache")
+    if build.batch_invariant:
+        parts.append("batch-invariant")
+    return ", ".join(parts)
 
 
 def format_bytes(count: float) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    BatchInvariantOption,
     BatchTokensOption,
     BlockSizeOption,
     DeviceOption,
@@ -18,7 +19,9 @@ from .common import (
     EngineOrModelArgument,
     JsonOption,
     KvBytesOption,
+    KvDtypeOption,
     Output,
+    QuantizeOption,
     SeqLenOption,
     SequencesOption,
     TargetOption,
@@ -75,6 +78,9 @@ def generate(
     max_batch_tokens: BatchTokensOption = None,
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
+    quantize: QuantizeOption = None,
+    kv_cache_dtype: KvDtypeOption = None,
+    batch_invariant: BatchInvariantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Complete prompts, or chat. All prompts run together, batched in flight."""
@@ -99,6 +105,9 @@ def generate(
             "max_batch_tokens": max_batch_tokens,
             "max_sequences": max_sequences,
             "block_size": block_size,
+            "quantize": quantize,
+            "kv_cache_dtype": kv_cache_dtype,
+            "batch_invariant": batch_invariant,
         }
         engine = open_engine(model, build)
         from ..runtime import LLM

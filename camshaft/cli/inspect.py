@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .build import segment_table, timings_text
-from .common import JsonOption, Output, format_bytes, output, pass_table, table
+from .common import JsonOption, Output, format_bytes, output, pass_table, precision_text, table
 from .engines import choice_table, engine_document, engine_table
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _summary(to: Output, path: Path, manifest: Manifest, plan: Plan) -> None:
             "model",
             f"{model.name} ({model.architecture}), {model.num_parameters / 1e6:.1f} M parameters, vocabulary {model.vocab_size:,}",
         ],
-        ["target", f"{build.target} on {build.device}, {build.dtype}"],
+        ["target", f"{build.target} on {build.device}, {precision_text(build)}"],
         ["small steps", outlook(plan, build)],
         [
             "limits",
