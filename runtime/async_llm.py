@@ -29,12 +29,21 @@ class RequestHandle:
         output = await handle               the whole result
         output = handle.result()            the whole result, without asyncio
 
-    All of them raise what went wrong. Iterating yields increments only if the handle was made for streaming.
+    All of them raise what went wrong. Iterating yields increments only if the handle was made for streaming. With `on_output`
+    every increment is given to that function on the serving thread, and none is kept for iterating.
     """
 
-    def __init__(self, request_id: str, serving: ServingThread, *, wants_increments: bool) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        serving: ServingThread,
+        *,
+        wants_increments: bool,
+        on_output: Callable[[RequestOutput], None] | None = None,
+    ) -> None:
         self.request_id = request_id
         self.wants_increments = wants_increments
+        self._on_output = on_output
         self._serving = serving
         self._items: deque[RequestOutput] = deque()
         self._future: Future[RequestOutput] = Future()
@@ -102,6 +111,9 @@ class RequestHandle:
 
     def increment(self, output: RequestOutput) -> None:
         """Takes what is new."""
+        if self._on_output is not None:
+            self._on_output(output)
+            return
         self._items.append(output)
         self._wake()
 

@@ -201,19 +201,25 @@ class LLM:
         return self.generate(prompts, sampling_params, progress=progress)
 
     def generate_async(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
     ) -> RequestHandle:
         """Starts one request and returns at once; `async for` (or `for`) over the handle streams what is new.
 
         Args:
             prompt: one prompt of any form that `generate` takes.
             request_id: a name of your own, for `abort`; None: made up.
+            on_output: called on the serving thread with what is new, instead of iterating; it must be quick and not raise.
 
         Raises:
             ValueError: the input is not in order; nothing was queued.
         """
         checked = self._checker.check(prompt, SamplingParams() if sampling_params is None else sampling_params)
-        return self._submit([checked], stream=True, request_id=request_id)[0]
+        return self._submit([checked], stream=True, request_id=request_id, on_output=on_output)[0]
 
     def abort(self, request_id: str) -> None:
         """Ends a request with what it has; harmless if it has ended or never was."""
@@ -242,7 +248,12 @@ class LLM:
         self.shutdown()
 
     def _submit(
-        self, inputs: Sequence[CheckedInput], *, stream: bool, request_id: str | None = None
+        self,
+        inputs: Sequence[CheckedInput],
+        *,
+        stream: bool,
+        request_id: str | None = None,
+        on_output: Callable[[RequestOutput], None] | None = None,
     ) -> list[RequestHandle]:
         """Queues checked inputs, all or (raising ValueError) none."""
         handles: list[RequestHandle] = []
@@ -252,7 +263,7 @@ class LLM:
             number = next(self._numbers)
             name = f"request-{number}" if request_id is None else request_id
             seed = derive_seed(self._seed, number) if checked.params.seed is None else checked.params.seed
-            handle = RequestHandle(name, self._serving, wants_increments=stream)
+            handle = RequestHandle(name, self._serving, wants_increments=stream, on_output=on_output)
             generation = Generation(name, checked, seed, handle, self._core.eos_token_ids)
             try:
                 self._core.check_fits(generation)
