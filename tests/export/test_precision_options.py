@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import camshaft
 import pytest
-from camshaft.cli.common import precision_text
 from camshaft.export.manifest import BuildConfig, Manifest
+
+import camshaft
+from camshaft.cli.common import precision_text
 
 CONFIG = BuildConfig(
     target="eager", device="cpu", dtype="float32", max_seq_len=32, max_batch_tokens=16, max_sequences=2, block_size=16
