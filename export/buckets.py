@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -50,6 +51,40 @@ def bucket_of(buckets: Sequence[int], count: int) -> int:
 def captured_sizes(buckets: Sequence[int], max_sequences: int) -> list[int]:
     """The buckets that decode steps of up to `max_sequences` sequences run in."""
     return [size for size in buckets if size <= bucket_of(buckets, max_sequences)]
+
+
+class StepShape(NamedTuple):
+    """The shape of a captured step."""
+
+    tokens: int
+    """Rows of tokens, padding and all."""
+    sequences: int
+    rows: int
+    """Rows whose logits are computed."""
+    decode: bool
+    """Whether every sequence has one row."""
+
+    def __str__(self) -> str:
+        kind = "decode" if self.decode else "mixed"
+        return f"a {kind} step of {self.tokens} tokens, {self.sequences} sequences, {self.rows} rows of logits"
+
+
+def decode_sizes(buckets: Sequence[int], max_sequences: int) -> list[int]:
+    """Numbers of sequences that decode steps are captured for: `captured_sizes`, and multiples of 128 from 256 on, from where on
+    a step's time follows its rows."""
+    captured = captured_sizes(buckets, max_sequences)
+    return sorted({*captured, *range(256, captured[-1], 128)})
+
+
+def mixed_sizes(max_batch_tokens: int) -> list[int]:
+    """Numbers of tokens that mixed steps are captured for: at most an eighth of a step, or 64 rows, is padding."""
+    sizes = {*range(64, 1025, 64), *range(1152, 2049, 128), *range(2304, 4097, 256), *range(4608, max_batch_tokens, 512)}
+    return sorted({size for size in sizes if size < max_batch_tokens} | {max_batch_tokens})
+
+
+def row_sizes(max_sequences: int) -> list[int]:
+    """Numbers of sequences, and of rows of logits, in captured mixed steps."""
+    return sorted({size for size in (8, 64, 256, 512, 1024) if size < max_sequences} | {max_sequences})
 
 
 def varying_sizes(segment: Segment) -> set[str]:

@@ -1,9 +1,16 @@
-"""Decode steps as CUDA graphs: one capture per bucket, replayed with new contents of the same input buffers.
+"""Steps as CUDA graphs: a step of one shape is captured once and replayed with new contents of the same input buffers.
 
-A graph launches a whole step in one call, so a decode step costs the device's time instead of the host's. A step of S
-sequences runs in the smallest bucket B >= S; sequences beyond S have no rows and write nothing:
+A graph launches a whole step in one call, so a step costs the device's time instead of the host's. Two kinds of shapes:
 
-    query_start  [0, 1, ..., S, S, ..., S]      seq_lens  [l0, ..., l(S-1), 0, ..., 0]      slot_mapping  [..., -1, -1]
+    decode   S sequences with one row each         captured at the start, for every size that `max_sequences` can need
+    mixed    T rows of S sequences, R rows sampled captured when the same shape comes a second time; the first launch, piece by
+                                                   piece, has compiled its kernels and opened its engines
+
+A step runs in the smallest shape that holds it. What it lacks has no rows and writes nothing:
+
+    query_start  [0, q1, ..., T, T, ..., T]     seq_lens  [l0, ..., l(S-1), 0, ..., 0]     slot_mapping  [..., -1, -1]
+
+All graphs share one memory pool and one buffer of logits: they run one after another, on one stream.
 """
 
 from __future__ import annotations
@@ -11,12 +18,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .buckets import bucket_of
+from .buckets import StepShape, bucket_of, decode_sizes, mixed_sizes, row_sizes
 from .executor import StepContext
 
 if TYPE_CHECKING:
@@ -25,109 +32,165 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Launch = Callable[[Mapping[str, Tensor], StepContext], Tensor]
-"""Launches a step on the current stream: (plan inputs by name, metadata) -> logits [R, V] float32."""
+"""Launches a step on the current stream: (plan inputs by name, metadata) -> logits [R, V] in the compute dtype."""
 
 
-class DecodeGraphs:
-    """Captured decode steps.
+class CaptureLimits(NamedTuple):
+    """For which steps graphs are captured: the buckets of the build, and the most of everything in a step."""
 
-    launch: the step; buckets: numbers of sequences, ascending; table_width: blocks of the longest sequence; max_seq_len: for which
-    attention is laid out, in tokens. num_bytes, seconds: what the captures took on the device and of time.
+    buckets: Sequence[int]
+    max_batch_tokens: int
+    max_sequences: int
+    max_seq_len: int
+    table_width: int
+    """KV blocks of the longest sequence."""
+    num_groups: int
+    """Cache groups."""
+    vocab_size: int
 
-    The logits of a replay belong to the graph: the next replay of the same bucket overwrites them.
+
+class StepGraphs:
+    """Captured steps.
+
+    launch: a step; sizes: to what its numbers of rows are padded.
+
+    The logits that `run` returns are overwritten by the next step.
     """
 
     def __init__(
-        self,
-        launch: Launch,
-        buckets: Sequence[int],
-        sizes: StepSizes,
-        *,
-        num_groups: int,
-        table_width: int,
-        max_seq_len: int,
-        device: torch.device,
-        stream: torch.cuda.Stream,
+        self, launch: Launch, sizes: StepSizes, limits: CaptureLimits, device: torch.device, stream: torch.cuda.Stream
     ) -> None:
-        self.buckets = tuple(buckets)
-        self._launch, self._sizes, self._device, self._stream = launch, sizes, device, stream
-        self._max_seq_len = max_seq_len
-        largest = self.buckets[-1]
-        rows = max(sizes.padded("T", largest), sizes.padded("R", largest))
+        self._launch, self._sizes, self._limits = launch, sizes, limits
+        self._device, self._stream = device, stream
+        self.decode_sizes = tuple(decode_sizes(limits.buckets, limits.max_sequences))
+        self._mixed_sizes = mixed_sizes(limits.max_batch_tokens)
+        self._row_sizes = row_sizes(limits.max_sequences)
+        most = max(self.decode_sizes[-1], self._row_sizes[-1])
+        rows = max(sizes.padded("T", max(self._mixed_sizes[-1], most)), sizes.padded("R", most))
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._tokens, self._positions = (zeros(rows, dtype=torch.int64) for _ in range(2))
-        self._slots = [zeros(rows, dtype=torch.int64) for _ in range(num_groups)]
-        self._tables = [zeros(largest, table_width, dtype=torch.int32) for _ in range(num_groups)]
-        self._lens = zeros(largest, dtype=torch.int32)
-        self._starts = zeros(largest + 1, dtype=torch.int32)
-        self._rows = torch.arange(rows, device=device)
-        self._kept: list[Tensor] = []  # what graphs read besides the buffers above
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        before, start = torch.cuda.mem_get_info(device)[0], time.perf_counter()
-        pool = torch.cuda.graph_pool_handle()
-        for bucket in reversed(self.buckets):  # the largest first: the others find room in its memory
-            self._graphs[bucket] = self._capture(bucket, pool)
-        torch.cuda.synchronize(device)
-        self.num_bytes = max(0, before - torch.cuda.mem_get_info(device)[0])
-        self.seconds = time.perf_counter() - start
-        logger.info("%d decode steps captured in %.1f s, %.0f MB", len(buckets), self.seconds, self.num_bytes / 1e6)
+        self._slots = [zeros(rows, dtype=torch.int64) for _ in range(limits.num_groups)]
+        self._tables = [zeros(most, limits.table_width, dtype=torch.int32) for _ in range(limits.num_groups)]
+        self._lens, self._starts = zeros(most, dtype=torch.int32), zeros(most + 1, dtype=torch.int32)
+        self._sample_rows = zeros(sizes.padded("R", most), dtype=torch.int64)
+        self._logits = zeros(sizes.padded("R", most), limits.vocab_size, dtype=torch.float32)
+        self._pool: Any = None
+        self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._seen: set[StepShape] = set()
+        self.failures: dict[StepShape, str] = {}
+        """Shapes that could not be captured, with the reason; their steps are launched piece by piece."""
+        self.num_bytes, self.seconds = 0, 0.0
+        """What the captures took: device memory, and time."""
+
+    @property
+    def shapes(self) -> tuple[StepShape, ...]:
+        """What has been captured."""
+        return tuple(self._graphs)
+
+    def capture_decodes(self) -> None:
+        """Captures the largest step and all decode steps, the largest first: the others find room in its memory."""
+        largest = StepShape(self._mixed_sizes[-1], self._row_sizes[-1], self._row_sizes[-1], False)
+        for shape in (largest, *(StepShape(size, size, size, True) for size in reversed(self.decode_sizes))):
+            self._capture(shape)
+        torch.cuda.synchronize(self._device)
+        logger.info(
+            "%d steps captured in %.1f s, %.0f MB", len(self._graphs), self.seconds, self.num_bytes / 1e6
+        )  # fmt: skip
+
+    def shape_of(self, batch: Any) -> StepShape | None:
+        """The shape that a runtime Batch runs in; None for one that is never captured (more rows of logits than sequences)."""
+        count, tokens, rows = batch.seq_lens.shape[0], batch.token_ids.shape[0], batch.sample_rows.shape[0]
+        if batch.max_query_len == 1 and tokens == rows == count <= self.decode_sizes[-1]:
+            size = bucket_of(self.decode_sizes, count)
+            return StepShape(size, size, size, True)
+        if count > self._row_sizes[-1] or rows > count or tokens > self._mixed_sizes[-1]:
+            return None
+        sequences = bucket_of(self._row_sizes, count)
+        return StepShape(bucket_of(self._mixed_sizes, max(tokens, sequences)), sequences, sequences, False)
+
+    def run(self, batch: Any) -> Tensor | None:
+        """Logits [R, V] float32 of a batch, replayed; None if its shape has no graph yet: then the caller launches it."""
+        shape = self.shape_of(batch)
+        if shape is None or shape in self.failures:
+            return None
+        if shape not in self._graphs:
+            if shape not in self._seen:
+                self._seen.add(shape)
+                return None
+            if not self._capture(shape):
+                return None
+        self._fill(batch, shape)
+        self._graphs[shape].replay()
+        return self._logits[: batch.sample_rows.shape[0]]
+
+    # ---------------------------------------------------------------------------------------------------------- capture
+    def _capture(self, shape: StepShape) -> bool:
+        """Captures a step; False, with a warning and an entry in `failures`, if that fails."""
+        before, start = torch.cuda.mem_get_info(self._device)[0], time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._record(shape, graph)
+        except RuntimeError as error:  # of CUDA or of a kernel that reads back from the device
+            self.failures[shape] = str(error).splitlines()[0]
+            logger.warning("%s is launched piece by piece, it cannot be captured: %s", shape, self.failures[shape])
+            return False
+        self._graphs[shape] = graph
+        self.num_bytes += max(0, before - torch.cuda.mem_get_info(self._device)[0])
+        self.seconds += time.perf_counter() - start
+        return True
 
     @torch.inference_mode()
-    def _capture(self, bucket: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        tokens, rows = self._sizes.padded("T", bucket), self._sizes.padded("R", bucket)
+    def _record(self, shape: StepShape, graph: torch.cuda.CUDAGraph) -> None:
         for slots in self._slots:
             slots.fill_(-1)
-        self._lens.zero_()
-        self._starts.zero_()  # no sequence has rows: the trial run writes nothing
-        sample_rows = self._rows[:rows].clamp(max=tokens - 1)
-        self._kept.append(sample_rows)
-        values = {
-            "token_ids": self._tokens[None, :tokens],
-            "positions": self._positions[None, :tokens],
-            "sample_rows": sample_rows,
-        }
-        context = StepContext(
-            [(slots[:tokens], tables[:bucket]) for slots, tables in zip(self._slots, self._tables)],
-            self._starts[: bucket + 1], self._lens[:bucket], 1, self._max_seq_len,
-        )  # fmt: skip
+        for metadata in (self._lens, self._starts, self._sample_rows):
+            metadata.zero_()  # no sequence has rows: the trial run writes nothing
+        values, context = self._inputs(shape)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             self._launch(values, context)  # compiles kernels and opens engines, which a capture cannot
         self._stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-            logits = self._launch(values, context)
-        return graph, logits
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            self._logits[: values["sample_rows"].shape[0]].copy_(self._launch(values, context))
 
-    def takes(self, batch: Any) -> bool:
-        """Whether a batch is a decode step: one token of every sequence, each sampled, no more than were captured."""
-        count = batch.seq_lens.shape[0]
-        return (
-            batch.max_query_len == 1
-            and batch.token_ids.shape[0] == batch.sample_rows.shape[0] == count
-            and count <= self.buckets[-1]
-        )
+    def _inputs(self, shape: StepShape) -> tuple[dict[str, Tensor], StepContext]:
+        """The part of the buffers that a shape reads."""
+        tokens, rows = self._sizes.padded("T", shape.tokens), self._sizes.padded("R", shape.rows)
+        values = {
+            "token_ids": self._tokens[None, :tokens],
+            "positions": self._positions[None, :tokens],
+            "sample_rows": self._sample_rows[:rows],
+        }
+        context = StepContext(
+            [(slots[:tokens], tables[: shape.sequences]) for slots, tables in zip(self._slots, self._tables)],
+            self._starts[: shape.sequences + 1], self._lens[: shape.sequences],
+            1 if shape.decode else shape.tokens, self._limits.max_seq_len,
+        )  # fmt: skip
+        return values, context
 
-    def replay(self, batch: Any) -> Tensor:
-        """Logits [S, V] float32 of a decode step."""
-        count = batch.seq_lens.shape[0]
-        bucket = bucket_of(self.buckets, count)
-        graph, logits = self._graphs[bucket]
-        into = [self._tokens[:count], self._positions[:count], *(slots[:count] for slots in self._slots)]
-        torch._foreach_copy_(into, [batch.token_ids, batch.positions, *(group.slot_mapping for group in batch.groups)])
-        short = [self._lens[:count], self._starts[: count + 1]]
-        torch._foreach_copy_(short, [batch.seq_lens, batch.query_start])
+    # ------------------------------------------------------------------------------------------------------------ replay
+    @torch.inference_mode()
+    def _fill(self, batch: Any, shape: StepShape) -> None:
+        """Copies a batch into the graphs' buffers."""
+        count, tokens, rows = batch.seq_lens.shape[0], batch.token_ids.shape[0], batch.sample_rows.shape[0]
+        into = [self._tokens[:tokens], self._positions[:tokens], self._sample_rows[:rows]]
+        into += [slots[:tokens] for slots in self._slots]
+        slots_in = [group.slot_mapping for group in batch.groups]
+        torch._foreach_copy_(into, [batch.token_ids, batch.positions, batch.sample_rows, *slots_in])
+        torch._foreach_copy_([self._lens[:count], self._starts[: count + 1]], [batch.seq_lens, batch.query_start])
         for tables, group in zip(self._tables, batch.groups):
             tables[:count, : group.block_tables.shape[1]].copy_(group.block_tables)
-        if count < bucket:
-            self._lens[count:bucket].zero_()
-            self._starts[count + 1 : bucket + 1].fill_(count)
-        tokens = self._sizes.padded("T", bucket)
-        if count < tokens:
+        if count < shape.sequences:
+            self._lens[count : shape.sequences].zero_()
+            self._starts[count + 1 : shape.sequences + 1].fill_(tokens)
+        padded = self._sizes.padded("T", shape.tokens)
+        if tokens < padded:
             for slots in self._slots:
-                slots[count:tokens].fill_(-1)
-        graph.replay()
-        return logits[:count]
+                slots[tokens:padded].fill_(-1)
+        padded = self._sizes.padded("R", shape.rows)
+        if rows < padded:
+            self._sample_rows[rows:padded].zero_()

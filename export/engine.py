@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..graph.weights import Weight
-from .buckets import captured_sizes
+from .buckets import captured_sizes, decode_sizes
 from .execution import Execution, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
@@ -25,12 +25,14 @@ from .segment import Plan
 
 if TYPE_CHECKING:
     from ..graph.display import PassTable
-    from .cuda_graphs import DecodeGraphs
+    from .cuda_graphs import StepGraphs
 
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_CAPTURED_STEP = 128 << 10
 """Of a CUDA graph, for each segment or attention in it."""
+_MIXED_GRAPHS = 32
+"""Shapes of mixed steps that a service is expected to meet."""
 _UNCAPTURABLE = ("camshaft.moe",)
 """Operators whose definition reads back from the device which kernels to launch."""
 
@@ -163,7 +165,7 @@ class Engine:
                 opening = pool.submit(
                     open_engines, self.plan, self.manifest.engines, self.config.target, self.engine_dir, self.device
                 )
-                tensors = {name: self.weights[name].load().to(self.device) for name in self.plan.weight_names}
+                tensors = {name: self.weights[name].to(self.device) for name in self.plan.weight_names}
                 lowered = opening.result()
             self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
             self._execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
@@ -193,10 +195,10 @@ class Engine:
         if self._execution is not None:
             self._execution.bind_caches([])
 
-    def capture(self) -> DecodeGraphs | None:
+    def capture(self) -> StepGraphs | None:
         """Captures decode steps as CUDA graphs; None where there is nothing to capture (`uncaptured` says why).
 
-        Needs the KV cache; binding another one drops the graphs.
+        Mixed steps are captured when their shape comes again. Needs the KV cache; binding another one drops the graphs.
         """
         if self.uncaptured is not None:
             return None
@@ -206,13 +208,18 @@ class Engine:
         """Estimate of the memory that `capture` takes: the largest step's activations and the graphs themselves, in bytes."""
         if self.uncaptured is not None:
             return 0
-        captured = captured_sizes(self.config.buckets, self.max_sequences)
-        share = self.activation_bytes() * min(captured[-1], self.max_batch_tokens) // self.max_batch_tokens
-        return share + len(captured) * len(self.plan.steps) * _BYTES_PER_CAPTURED_STEP
+        buckets = self.config.buckets
+        rows = captured_sizes(buckets, self.max_sequences)[-1]
+        graphs = len(decode_sizes(buckets, self.max_sequences)) + _MIXED_GRAPHS
+        return (
+            self.activation_bytes()
+            + 4 * rows * self.vocab_size
+            + graphs * len(self.plan.steps) * _BYTES_PER_CAPTURED_STEP
+        )
 
     @property
     def uncaptured(self) -> str | None:
-        """Why decode steps are not captured as CUDA graphs, or None if they can be."""
+        """Why steps are not captured as CUDA graphs, or None if they can be."""
         if self.device.type != "cuda":
             return "CUDA graphs need a GPU"
         if not self.config.buckets:

@@ -2,7 +2,7 @@
 
     batch of T tokens, R rows -> padded to (T', R') -> executor -> logits [R, V]
 
-On CUDA a decode step is a graph that was captured for its bucket (`cuda_graphs`); all other steps are launched piece by piece.
+On CUDA a step is a graph that was captured for its shape (`cuda_graphs`); others are launched piece by piece.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .segment import Plan
 from .targets.base import Lowered, get_target
 
 if TYPE_CHECKING:
-    from .cuda_graphs import DecodeGraphs
+    from .cuda_graphs import StepGraphs
 
 
 def open_engines(
@@ -118,37 +118,32 @@ class Execution:
             plan, self._lowered, manifest.build.buckets, max(get_target(name).min_tokens for name in names)
         )
         self.executor = Executor(plan, self._lowered, weights)
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    @property
-    def has_graphs(self) -> bool:
-        """Whether decode steps are replayed."""
-        return self._graphs is not None
 
     def bind_caches(self, caches: list[tuple[Tensor, Tensor]]) -> None:
         """Takes the KV tensors of all layers; graphs that wrote to others are dropped."""
         self._graphs = None
         self.executor.caches = caches
 
-    def capture(self, max_sequences: int) -> DecodeGraphs:
-        """Captures a decode step for every bucket that `max_sequences` sequences can need, the largest first."""
-        from .cuda_graphs import DecodeGraphs
+    def capture(self, max_sequences: int) -> StepGraphs:
+        """Captures the decode steps of up to `max_sequences` sequences; mixed steps are captured as they come."""
+        from .cuda_graphs import CaptureLimits, StepGraphs
 
-        build, cache = self._manifest.build, self._manifest.cache
+        build, cache, model = self._manifest.build, self._manifest.cache, self._manifest.model
         assert self._stream is not None
-        buckets = captured_sizes(build.buckets, max_sequences)
-        self.open(buckets)
-        self._graphs = DecodeGraphs(
-            self._launch, buckets, self._sizes,
-            num_groups=len(cache.windows), table_width=-(-build.max_seq_len // cache.block_size),
-            max_seq_len=build.max_seq_len, device=self.device, stream=self._stream,
+        self.open(captured_sizes(build.buckets, max_sequences))
+        limits = CaptureLimits(
+            build.buckets, build.max_batch_tokens, max_sequences, build.max_seq_len,
+            -(-build.max_seq_len // cache.block_size), len(cache.windows), model.vocab_size,
         )  # fmt: skip
+        self._graphs = graphs = StepGraphs(self._launch, self._sizes, limits, self.device, self._stream)
+        graphs.capture_decodes()
         if "tensorrt" in self._manifest.targets:
             from .targets.tensorrt import keep_kernels
 
             keep_kernels(self._directory)
-        return self._graphs
+        return graphs
 
     def open(self, sizes: Sequence[int]) -> None:
         """Opens the engines of these sizes, many at once: TensorRT compiles kernels meanwhile, unless it finds them."""
@@ -157,8 +152,8 @@ class Execution:
     @torch.inference_mode()
     def step(self, batch: Any) -> Tensor:
         """Logits [R, V] float32 of a runtime Batch; keys and values are in the caches afterwards."""
-        if self._graphs is not None and self._graphs.takes(batch):
-            return self._graphs.replay(batch)
+        if self._graphs is not None and (logits := self._graphs.run(batch)) is not None:
+            return logits
         num_rows = batch.sample_rows.shape[0]
         tokens = self._sizes.padded("T", batch.token_ids.shape[0]) - batch.token_ids.shape[0]
         rows = (
@@ -174,11 +169,11 @@ class Execution:
             "sample_rows": _pad(batch.sample_rows, rows, 0),
         }
         with self._on_stream():
-            return self._launch(values, context)[:num_rows]
+            return self._launch(values, context).float()[:num_rows]
 
     def _launch(self, values: Mapping[str, Tensor], context: StepContext) -> Tensor:
         logits = self.executor.run([values[name] for name in self._inputs], context)[0]
-        return logits[0].float()
+        return logits[0]
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:

@@ -6,7 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from camshaft.export.buckets import Bucketed, bucket_of, default_buckets, engine_sizes, varying_size
+from camshaft.export.buckets import (
+    Bucketed,
+    bucket_of,
+    decode_sizes,
+    default_buckets,
+    engine_sizes,
+    mixed_sizes,
+    row_sizes,
+    varying_size,
+)  # fmt: skip
 from camshaft.export.choose import plan_for
 from camshaft.export.engine import Engine
 from camshaft.export.execution import StepSizes
@@ -23,6 +32,17 @@ import camshaft
 from camshaft import LLM, SamplingParams
 
 CPU = torch.device("cpu")
+
+
+def test_sizes_of_captured_steps() -> None:
+    buckets = default_buckets(8192, 1000)
+    assert [size for size in decode_sizes(buckets, 1000) if size > 192] == [256, 384, 512, 640, 768, 896, 1000]
+    assert decode_sizes(buckets, 3) == [1, 2, 4]
+    sizes = mixed_sizes(8192)
+    assert sizes[0] == 64 and sizes[-1] == 8192
+    assert all(b - a <= max(64, b / 8) for a, b in zip(sizes, sizes[1:]))
+    assert mixed_sizes(100) == [64, 100] and mixed_sizes(20) == [20]
+    assert row_sizes(256) == [8, 64, 256] and row_sizes(5) == [5]
 
 
 def test_default_buckets() -> None:
@@ -148,7 +168,7 @@ def test_steps_in_buckets_give_the_same_tokens(engine: Engine) -> None:
     with LLM(engine) as one, LLM(bucketed) as two:
         expected = [output.token_ids for output in one.generate(prompts, params)]
         assert [output.token_ids for output in two.generate(prompts, params)] == expected
-    assert not bucketed.prepare().has_graphs
+    assert bucketed.capture() is None
     assert bucketed.uncaptured == "CUDA graphs need a GPU"
 
 

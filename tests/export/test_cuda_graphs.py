@@ -1,0 +1,95 @@
+"""Captured steps, replayed on the CPU: each step is padded to its shape in buffers that keep what earlier steps left there."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+from camshaft.export.buckets import StepShape
+from camshaft.export.cuda_graphs import CaptureLimits, StepGraphs
+from camshaft.export.engine import Engine
+from families import random_model, tiny_config
+
+import camshaft
+from camshaft import LLM, SamplingParams
+
+
+class _Replay:
+    def __init__(self, graphs: OnCpu, shape: StepShape) -> None:
+        self._graphs, self._shape, self._inputs = graphs, shape, graphs._inputs(shape)
+
+    def replay(self) -> None:
+        values, context = self._inputs
+        self._graphs._logits[: values["sample_rows"].shape[0]].copy_(self._graphs._launch(values, context))
+        self._graphs.replayed.append(self._shape)
+
+
+class OnCpu(StepGraphs):
+    """Graphs whose replay computes the step from the same buffers."""
+
+    fails: str | None = None
+
+    def _capture(self, shape: StepShape) -> bool:
+        if self.fails:
+            self.failures[shape] = self.fails
+            return False
+        self._graphs[shape] = cast(Any, _Replay(self, shape))
+        return True
+
+    @classmethod
+    def of(cls, engine: Engine) -> OnCpu:
+        execution = engine.prepare()
+        cache = engine.manifest.cache
+        limits = CaptureLimits(
+            (1, 2, 4, 8), engine.max_batch_tokens, engine.max_sequences, engine.max_seq_len,
+            -(-engine.max_seq_len // cache.block_size), len(cache.windows), engine.vocab_size,
+        )  # fmt: skip
+        graphs = cls(execution._launch, execution._sizes, limits, engine.device, cast(Any, None))
+        graphs.replayed: list[StepShape] = []  # type: ignore[misc]
+        execution._graphs = graphs
+        return graphs
+
+
+PROMPTS = [[5, 9, 3], list(range(3, 60)), [7] * 20, [11], [4, 4], list(range(80, 20, -1)), [1, 2, 3, 4, 5]]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return camshaft.compile(
+        random_model(tiny_config(request.param)), target="eager", max_seq_len=128, max_batch_tokens=100, max_sequences=6,
+        block_size=4, cache=False,
+    )  # fmt: skip
+
+
+def test_replayed_steps_give_the_same_tokens(engine: Engine) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=5 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    with LLM(engine, max_chunk_tokens=30) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, params)]
+    with LLM(engine, max_chunk_tokens=30, enable_prefix_cache=False) as llm:
+        graphs = OnCpu.of(engine)
+        for _ in range(3):  # the first of each shape is launched, the second captured
+            assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
+        assert {shape.decode for shape in graphs.replayed} == {True, False}
+        assert set(graphs.replayed) == set(graphs.shapes)
+        assert {shape.sequences for shape in graphs.shapes} <= {1, 2, 4, 6, 8}
+
+
+def test_a_failed_capture_is_launched_piece_by_piece(engine: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with LLM(engine) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, params)]
+        graphs = OnCpu.of(engine)
+        graphs.fails = "no capture today"
+        for _ in range(2):
+            assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
+        assert graphs.failures and not graphs.replayed
+
+
+def test_prompt_logprobs_are_never_captured(engine: Engine) -> None:
+    with LLM(engine) as llm:
+        graphs = OnCpu.of(engine)
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+        for _ in range(3):
+            (output,) = llm.generate([list(range(40))], params)
+            assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 40
+        assert not graphs.replayed
