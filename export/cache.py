@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..graph.weights import Weight, from_recipe
+from ..graph.weights import Weight, from_recipes
 from .artifact import _stored_weights, atomic_directory, write_safetensors
 from .engine import Engine
 from .manifest import Manifest
@@ -82,10 +82,8 @@ def find(key: str, sources: Mapping[str, Weight], tokenizer: Path | None) -> Eng
         logger.warning("build cache entry %s is damaged (%s) and is made again", entry, error)
         shutil.rmtree(entry, ignore_errors=True)
         return None
-    weights = {
-        name: from_recipe(recipe, sources) if recipe is not None else fixed[name] for name, recipe in recipes.items()
-    }
-    return Engine(manifest, plan, weights, entry / "engines", tokenizer)
+    remade = from_recipes({name: recipe for name, recipe in recipes.items() if recipe is not None}, sources)
+    return Engine(manifest, plan, {**fixed, **remade}, entry / "engines", tokenizer)
 
 
 def constant_digest(weights: Mapping[str, torch.Tensor]) -> str:

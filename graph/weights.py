@@ -1,20 +1,30 @@
 """The WeightMap: every weight of a Program by name, with shape and dtype, read only when it is asked for.
 
-Passes change weights by naming new ones (concatenated, cast, split); nothing is read until `load`, so that a model is
-never held twice: an engine is built, or an artifact written, one tensor at a time.
+Passes change weights by naming new ones (concatenated, cast, split, quantized); nothing is read until `load`, so that a model
+is never held twice: an engine is built, or an artifact written, one tensor at a time.
 """
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from . import quant_ops as _quant_ops  # noqa: F401  registers camshaft::quantize_rows
+
 Recipe = dict[str, Any]
-"""{"source": name}, {"cast": recipe, "dtype": name}, {"transpose": recipe} or {"concatenate": [recipes], "dim": int}."""
+"""{"source": name}, {"cast": recipe, "dtype": name}, {"transpose": recipe}, {"concatenate": [recipes], "dim": int} or
+{"quantize_rows": recipe, "part": "values" or "scale"}."""
+
+Part = Literal["values", "scale"]
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Of a weight that are quantized at a time: quantizing needs several float32 copies of them."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +32,15 @@ class Weight:
     """One weight: shape, dtype and how to get it. `load` returns a CPU or device tensor of that shape and dtype.
 
     recipe: how it is made from the model's own weights, as plain data (see `from_recipe`), so that a cached build can be
-    applied to other weights of the same model; None for a constant.
+    applied to other weights of the same model; None for a constant. make_on: as `load`, for a device that what it is made
+    from is moved to first; None where it is not made from others.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
     recipe: Recipe | None = None
+    make_on: Callable[[torch.device], Tensor] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -44,24 +56,43 @@ class Weight:
         tensor = tensor.detach()
         return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
+    def to(self, device: torch.device) -> Tensor:
+        """The tensor on `device`; what it is made from is moved there first, and joined, cast or quantized there."""
+        return self.load().to(device) if self.make_on is None else self.make_on(device)
+
     def cast(self, dtype: torch.dtype) -> Weight:
         """The same weight in another dtype."""
         if dtype == self.dtype:
             return self
-        load = self.load
         recipe = None if self.recipe is None else {"cast": self.recipe, "dtype": str(dtype).removeprefix("torch.")}
-        return Weight(self.shape, dtype, lambda: load().to(dtype), recipe)
+        return _made([self], lambda parts: next(parts).to(dtype), self.shape, dtype, recipe)
 
     def transpose(self) -> Weight:
         """A matrix with rows and columns exchanged."""
-        load = self.load
         rows, columns = self.shape
         recipe = None if self.recipe is None else {"transpose": self.recipe}
-        return Weight((columns, rows), self.dtype, lambda: load().t().contiguous(), recipe)
+        return _made([self], lambda parts: next(parts).t().contiguous(), (columns, rows), self.dtype, recipe)
 
     def named(self, name: str) -> Weight:
         """The weight as one of the model's own, under the name by which recipes refer to it."""
-        return Weight(self.shape, self.dtype, self.load, {"source": name})
+        return Weight(self.shape, self.dtype, self.load, {"source": name}, self.make_on)
+
+
+def _made(
+    parts: list[Weight],
+    make: Callable[[Iterator[Tensor]], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    recipe: Recipe | None,
+) -> Weight:
+    """A weight that `make` makes of the tensors of `parts`, which are read as it asks for them."""
+    return Weight(
+        shape,
+        dtype,
+        lambda: make(part.load() for part in parts),
+        recipe,
+        lambda device: make(part.to(device) for part in parts),
+    )
 
 
 def concatenate(weights: list[Weight], dim: int = 0) -> Weight:
@@ -70,13 +101,11 @@ def concatenate(weights: list[Weight], dim: int = 0) -> Weight:
     assert all(w.dtype == first.dtype and len(w.shape) == len(first.shape) for w in weights), weights
     shape = list(first.shape)
     shape[dim] = sum(w.shape[dim] for w in weights)
-    loads = [w.load for w in weights]
 
-    def load() -> Tensor:
+    def make(parts: Iterator[Tensor]) -> Tensor:
         out: Tensor | None = None
         begin = 0
-        for read in loads:
-            part = read()
+        for part in parts:
             if out is None:
                 out = torch.empty(shape, dtype=part.dtype, device=part.device)
             out.narrow(dim, begin, part.shape[dim]).copy_(part)
@@ -86,18 +115,84 @@ def concatenate(weights: list[Weight], dim: int = 0) -> Weight:
 
     recipes = [w.recipe for w in weights]
     recipe = None if None in recipes else {"concatenate": recipes, "dim": dim}
-    return Weight(tuple(shape), first.dtype, load, recipe)
+    return _made(weights, make, tuple(shape), first.dtype, recipe)
 
 
+# ------------------------------------------------------------------------------------------------------------ quantized
+class QuantizedRows:
+    """A matrix [N, K] as float8_e4m3fn values [N, K] and float32 scales [N] = max |row| / 448: two weights from one source.
+
+    The source is read and quantized once for both: what was not asked for is kept until it is.
+    """
+
+    def __init__(self, weight: Weight) -> None:
+        assert len(weight.shape) == 2, weight.shape
+        self.weight = weight
+        self._kept: dict[Part, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def part(self, part: Part) -> Weight:
+        """One of the two weights."""
+        shape, dtype = (
+            (self.weight.shape, torch.float8_e4m3fn) if part == "values" else (self.weight.shape[:1], torch.float32)
+        )
+        source = self.weight.recipe
+        recipe = None if source is None else {"quantize_rows": source, "part": part}
+        return Weight(shape, dtype, lambda: self._take(part, None), recipe, lambda device: self._take(part, device))
+
+    def _take(self, part: Part, device: torch.device | None) -> Tensor:
+        with self._lock:
+            if part not in self._kept:
+                source = self.weight.load() if device is None else self.weight.to(device)
+                self._kept["values"], self._kept["scale"] = quantize_matrix(source)
+            tensor = self._kept.pop(part)
+            return tensor if device is None else tensor.to(device)
+
+
+def quantize_matrix(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """(float8_e4m3fn [N, K], float32 scales [N]) by camshaft::quantize_rows, where the matrix is, some rows at a time."""
+    num_rows, dim = weight_NK.shape
+    values = torch.empty(weight_NK.shape, dtype=torch.float8_e4m3fn, device=weight_NK.device)
+    scale = torch.empty(num_rows, dtype=torch.float32, device=weight_NK.device)
+    step = max(1, _CHUNK_ELEMENTS // max(dim, 1))
+    for begin in range(0, num_rows, step):
+        rows = slice(begin, begin + step)
+        values[rows], column = torch.ops.camshaft.quantize_rows(weight_NK[rows])
+        scale[rows] = column.squeeze(-1)
+    return values, scale
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
 def from_recipe(recipe: Recipe, sources: Mapping[str, Weight]) -> Weight:
     """Makes a weight out of `sources` by a recipe; raises KeyError if a source is missing."""
-    if "source" in recipe:
-        return sources[recipe["source"]]
-    if "cast" in recipe:
-        return from_recipe(recipe["cast"], sources).cast(getattr(torch, recipe["dtype"]))
-    if "transpose" in recipe:
-        return from_recipe(recipe["transpose"], sources).transpose()
-    return concatenate([from_recipe(part, sources) for part in recipe["concatenate"]], recipe["dim"])
+    return _Remaker(sources).make(recipe)
+
+
+def from_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Makes weights out of `sources` by their recipes; values and scale of one matrix share its reading. Raises KeyError."""
+    remaker = _Remaker(sources)
+    return {name: remaker.make(recipe) for name, recipe in recipes.items()}
+
+
+class _Remaker:
+    def __init__(self, sources: Mapping[str, Weight]) -> None:
+        self.sources = sources
+        self._quantized: dict[str, QuantizedRows] = {}
+
+    def make(self, recipe: Recipe) -> Weight:
+        if "source" in recipe:
+            return self.sources[recipe["source"]]
+        if "cast" in recipe:
+            return self.make(recipe["cast"]).cast(getattr(torch, recipe["dtype"]))
+        if "transpose" in recipe:
+            return self.make(recipe["transpose"]).transpose()
+        if "quantize_rows" in recipe:
+            source = recipe["quantize_rows"]
+            key = json.dumps(source, sort_keys=True)
+            if key not in self._quantized:
+                self._quantized[key] = QuantizedRows(self.make(source))
+            return self._quantized[key].part(recipe["part"])
+        return concatenate([self.make(part) for part in recipe["concatenate"]], recipe["dim"])
 
 
 class WeightMap(Mapping[str, Weight]):

@@ -6,7 +6,15 @@ import json
 
 import pytest
 import torch
-from camshaft.graph.weights import Weight, WeightMap, concatenate, from_recipe
+from camshaft.graph.weights import (
+    QuantizedRows,
+    Weight,
+    WeightMap,
+    concatenate,
+    from_recipe,
+    from_recipes,
+    quantize_matrix,
+)
 
 
 def _counting(tensor: torch.Tensor) -> tuple[Weight, list[int]]:
@@ -71,3 +79,45 @@ def test_map() -> None:
     assert list(weights) == ["a"]
     assert list(copy.only({"a_2"})) == ["a_2"]
     assert copy.num_bytes == 8 + 12 + 12
+
+
+def test_rows_quantized_are_read_once_for_both_parts() -> None:
+    tensor = torch.randn(6, 32) * torch.tensor([[0.0], [1e-3], [1.0], [10.0], [1e4], [2.0]])
+    weight, reads = _counting(tensor)
+    rows = QuantizedRows(weight.named("a"))
+    values, scale = rows.part("values"), rows.part("scale")
+    assert (values.shape, values.dtype, scale.shape, scale.dtype) == ((6, 32), torch.float8_e4m3fn, (6,), torch.float32)
+    assert (values.num_bytes, scale.num_bytes, reads) == (192, 24, [])
+    read = [values.load(), scale.load()]
+    assert len(reads) == 1
+    assert torch.equal(scale.to(torch.device("cpu")), read[1]) and len(reads) == 2
+    assert torch.equal(values.load().float(), read[0].float()) and len(reads) == 2
+    restored = read[0].float() * read[1][:, None]
+    assert (restored - tensor).abs().max(dim=1).values.le(tensor.abs().amax(1) / 16).all()
+    assert read[0].float().abs().amax(1).tolist() == [0.0, *[448.0] * 5]
+
+
+def test_quantizing_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(7, 16, dtype=torch.bfloat16)
+    values, scale = quantize_matrix(tensor)
+    monkeypatch.setattr("camshaft.graph.weights._CHUNK_ELEMENTS", 40)
+    pieces = quantize_matrix(tensor)
+    assert torch.equal(pieces[0].view(torch.uint8), values.view(torch.uint8)) and torch.equal(pieces[1], scale)
+
+
+def test_recipes_of_quantized_rows_share_their_source() -> None:
+    weight, reads = _counting(torch.randn(4, 16))
+    rows = QuantizedRows(concatenate([weight.named("a"), weight.named("a")]).cast(torch.bfloat16))
+    recipes = {f"w.{part}": rows.part(part).recipe or {} for part in ("values", "scale")}
+    assert recipes["w.scale"]["part"] == "scale"
+    again = from_recipes(json.loads(json.dumps(recipes)), {"a": weight})
+    assert torch.equal(again["w.values"].load().float(), rows.part("values").load().float())
+    assert torch.equal(again["w.scale"].load(), rows.part("scale").load())
+    assert len(reads) == 4
+
+
+def test_parts_are_moved_before_they_are_joined() -> None:
+    parts = [Weight.from_tensor(torch.randn(2, 3)) for _ in range(2)]
+    made = concatenate(parts).cast(torch.bfloat16).transpose()
+    assert made.to(torch.device("meta")).is_meta
+    assert torch.equal(made.to(torch.device("cpu")), made.load())
