@@ -24,6 +24,7 @@ from ..graph.program import Program
 from ..graph.weights import Weight
 from . import attention
 from .checkpoint import checkpoint_weights
+from .random_weights import RandomWeights
 
 logger = logging.getLogger(__name__)
 
@@ -80,12 +81,14 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def open_model(model_or_path: Any, dtype: torch.dtype) -> ModelSource:
-    """Opens a Hugging Face directory, hub id or `PreTrainedModel`; weights take `dtype` where the model lets them.
+    """Opens a Hugging Face directory, hub id, `PreTrainedModel` or `RandomWeights`; weights take `dtype` where the model lets them.
 
     Raises ValueError for a directory without config or weights, an unknown architecture, or a checkpoint that does not fit.
     """
     if isinstance(model_or_path, nn.Module):
         return _from_module(model_or_path, dtype)
+    if isinstance(model_or_path, RandomWeights):
+        return model_or_path.open(dtype)
     return _from_directory(_local_directory(model_or_path), str(model_or_path), dtype)
 
 
