@@ -23,8 +23,8 @@ from .buckets import default_buckets
 from .choose import Lowering, lower_program
 from .engine import Engine
 from .manifest import (
+    CACHE_DTYPES,
     FORMAT_VERSION,
-    KV_CACHE_DTYPES,
     QUANTIZE_FORMATS,
     BuildConfig,
     Manifest,
@@ -121,7 +121,10 @@ def _run_passes(program: Program, config: BuildConfig, request: BuildRequest) ->
         from ..graph.numerics import Comparison
 
         compare = Comparison(program)
-    manager = PassManager(decoder_passes(block_size=config.block_size), dump_dir=request.dump_dir, compare=compare)
+    passes = decoder_passes(
+        block_size=config.block_size, quantize=config.quantize, cache_dtype=CACHE_DTYPES[config.kv_cache_dtype]
+    )
+    manager = PassManager(passes, dump_dir=request.dump_dir, compare=compare)
     return manager.run(program)
 
 
@@ -151,7 +154,7 @@ def _lower(
             model=facts,
             cache=program.cache,
             passes=program.history,
-            report=(*lowering.report, *plan.report),
+            report=(*program.info.get("notes", ()), *lowering.report, *plan.report),
             timings=timer.seconds,
             engines=lowering.files,
             choices=lowering.choices,
@@ -241,10 +244,8 @@ def _check_precision(request: BuildRequest, device: torch.device) -> None:
         raise ValueError(
             f"quantize is {request.quantize!r}; allowed: {', '.join(map(repr, QUANTIZE_FORMATS))}, or None"
         )
-    if request.kv_cache_dtype not in KV_CACHE_DTYPES:
-        raise ValueError(
-            f"kv_cache_dtype is {request.kv_cache_dtype!r}; allowed: {', '.join(map(repr, KV_CACHE_DTYPES))}"
-        )
+    if request.kv_cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {request.kv_cache_dtype!r}; allowed: {', '.join(map(repr, CACHE_DTYPES))}")
     if request.batch_invariant and device.type != "cuda":
         raise ValueError(
             f"batch_invariant is on and the device is {device.type}; its kernels run on CUDA only: leave it out, or build with "

@@ -17,8 +17,8 @@ FORMAT_VERSION = 1
 """Version of the artifact's layout. A reader refuses a higher one."""
 QUANTIZE_FORMATS = ("fp8",)
 """What `quantize` may be, besides None."""
-KV_CACHE_DTYPES = ("auto", "fp8")
-"""What `kv_cache_dtype` may be."""
+CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn}
+"""What `kv_cache_dtype` may be, and the dtype of keys and values; None: the one they are computed in."""
 
 
 @dataclass(frozen=True, kw_only=True)

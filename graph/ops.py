@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quant_ops import QUANT_DEFINITIONS
+from .quant_ops import QUANT_DEFINITIONS, quantize_rows, quantized_rows_fake
 from .registry import define
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -293,6 +293,49 @@ define(
 )
 
 
+# ------------------------------------------------------------------------------------------------- fused with quantization
+def _rms_norm_quantize(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor]:
+    return quantize_rows(_rms_norm(x, weight, eps, offset, cast_first))
+
+
+# quantize_rows(rms_norm(x, ...)): (float8_e4m3fn like x, fp32 scales [.., 1]).
+define(
+    "rms_norm_quantize(Tensor x, Tensor? weight, float eps, float offset, bool cast_first) -> (Tensor, Tensor)",
+    _rms_norm_quantize,
+    lambda x, weight, eps, offset, cast_first: quantized_rows_fake(x),
+)
+
+
+def _add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, total = _add_rms_norm(x, residual, weight, eps, offset, cast_first)
+    return *quantize_rows(normed), total
+
+
+# Returns (*quantize_rows(rms_norm(x + residual, ...)), x + residual).
+define(
+    "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor? weight, float eps, float offset, bool cast_first) "
+    "-> (Tensor, Tensor, Tensor)",
+    _add_rms_norm_quantize,
+    lambda x, residual, weight, eps, offset, cast_first: (*quantized_rows_fake(x), torch.empty_like(x)),
+)
+
+
+def _glu_quantize(gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    return quantize_rows(_glu(gate_up, activation))
+
+
+# quantize_rows(glu(gate_up, activation)): gate_up [.., 2 I] -> (float8_e4m3fn [.., I], fp32 scales [.., 1]).
+define(
+    "glu_quantize(Tensor gate_up, str activation) -> (Tensor, Tensor)",
+    _glu_quantize,
+    lambda gate_up, activation: quantized_rows_fake(gate_up[..., : gate_up.shape[-1] // 2]),
+)
+
+
 def inline(target: Any) -> Callable[..., Any] | None:
     """The plain torch definition of a semantic operator that a compiler may see through, or None where it must stay."""
     return _INLINE.get(target)
@@ -304,6 +347,9 @@ _INLINE: dict[Any, Callable[..., Any]] = {
     torch.ops.camshaft.rope.default: _rope,
     torch.ops.camshaft.glu.default: _glu,
     torch.ops.camshaft.attention.default: _attention,
+    torch.ops.camshaft.rms_norm_quantize.default: _rms_norm_quantize,
+    torch.ops.camshaft.add_rms_norm_quantize.default: _add_rms_norm_quantize,
+    torch.ops.camshaft.glu_quantize.default: _glu_quantize,
     **QUANT_DEFINITIONS,
 }
 

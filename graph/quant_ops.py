@@ -109,20 +109,26 @@ FP8_MAX = 448.0
 """Largest finite float8_e4m3fn."""
 
 
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition of camshaft::quantize_rows: x [.., K] -> (float8_e4m3fn [.., K], float32 scales [.., 1])."""
     wide = x.float()
     scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
+def quantized_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What quantize_rows returns, without values."""
+    return (
+        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
+        torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device),
+    )
+
+
 # Dynamic scales, one for each row: x [.., K] -> (float8_e4m3fn [.., K], fp32 scales [.., 1] = max |row| / 448).
 define(
     "quantize_rows(Tensor x) -> (Tensor, Tensor)",
-    _quantize_rows,
-    lambda x: (
-        torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
-        torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device),
-    ),
+    quantize_rows,
+    quantized_rows_fake,
 )
 
 
@@ -147,7 +153,7 @@ QUANT_DEFINITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.camshaft.quantize.default: _quantize,
     torch.ops.camshaft.dequantize.default: _dequantize,
     torch.ops.camshaft.dequantize_packed.default: _dequantize_packed,
-    torch.ops.camshaft.quantize_rows.default: _quantize_rows,
+    torch.ops.camshaft.quantize_rows.default: quantize_rows,
     torch.ops.camshaft.scaled_linear.default: _scaled_linear,
 }
 """Operators to the functions that define them."""

@@ -38,7 +38,8 @@ class GraphPass:
     """One rewrite. A subclass sets `name`, `stage` and implements `run`, which may change the clone that it is given.
 
     numerics: "exact" (outputs equal to the last bit), "reordered" (equal up to the rounding of another order of
-    operations) or "changed" (the outputs mean something else, for example only the rows that are sampled).
+    operations), "quantized" (values are rounded to fewer bits) or "changed" (the outputs mean something else, for example
+    only the rows that are sampled; nothing is compared from there on).
     """
 
     name: ClassVar[str]

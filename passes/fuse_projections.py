@@ -54,10 +54,11 @@ def _may_join(program: Program, node: fx.Node) -> bool:
             spec = program.input_of(operand) if isinstance(operand, fx.Node) else None
             if spec is None or spec.kind != "weight" or len(operand.users) != 1:
                 return False
-    return not _is_router(node)
+    return not is_router(node)
 
 
-def _is_router(node: fx.Node) -> bool:
+def is_router(node: fx.Node) -> bool:
+    """Whether a linear layer's result is soon chosen from: it feeds softmax, sigmoid or top-k."""
     frontier = [node]
     for _ in range(3):
         frontier = [user for item in frontier for user in item.users]

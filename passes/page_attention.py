@@ -8,7 +8,8 @@
 
 New inputs: a key and a value cache per layer [blocks, block_size, G, D]; per cache group (layers with the same window share
 one) slot_mapping [T] int64 and block_tables [sequences, blocks] int32; query_start [sequences + 1] and seq_lens
-[sequences] int32. Outputs change their meaning: a row may hold pieces of several sequences.
+[sequences] int32. Caches may be of another dtype (float8_e4m3fn) than q, k and v: keys and values are converted when they are
+written and read. Outputs change their meaning: a row may hold pieces of several sequences.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ PAGED_ATTENTION = torch.ops.camshaft.paged_attention.default
 
 @dataclass
 class PageAttention(GraphPass):
-    """Rewrites every attention to read and write a paged cache of `block_size` tokens a block."""
+    """Rewrites every attention to read and write a paged cache of `block_size` tokens a block.
+
+    cache_dtype: what keys and values are stored as; None: the dtype in which they are computed.
+    """
 
     block_size: int
+    cache_dtype: torch.dtype | None = None
 
     name = "page_attention"
     stage = Stage.CACHE
@@ -48,7 +53,7 @@ class PageAttention(GraphPass):
                     head_dim=int(k.shape[3]),
                     value_dim=int(v.shape[3]),
                     window=window,
-                    dtype=k.dtype,
+                    dtype=self.cache_dtype or k.dtype,
                 )
             )
         cache = CacheSpec(layers=tuple(layers), block_size=self.block_size)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from .base import GraphPass
 from .fuse_add_norm import FuseAddNorm
 from .fuse_glu import FuseGlu
+from .fuse_glu_quantize import FuseGluQuantize
+from .fuse_norm_quantize import FuseNormQuantize
 from .fuse_projections import FuseProjections
 from .match_attention import MatchAttention
 from .match_linear import MatchLinear
@@ -12,6 +16,7 @@ from .match_rms_norm import MatchRmsNorm
 from .match_rope import MatchRope
 from .normalize import Normalize
 from .page_attention import PageAttention
+from .quantize_fp8 import QuantizeFp8
 from .resolve_masks import ResolveMasks
 from .select_rows import SelectRows
 
@@ -26,9 +31,29 @@ def fuse_passes() -> list[GraphPass]:
     return [FuseProjections(), FuseGlu(), FuseAddNorm()]
 
 
-def decoder_passes(*, block_size: int) -> list[GraphPass]:
-    """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out."""
-    return [*canonicalize_passes(), *fuse_passes(), PageAttention(block_size=block_size), SelectRows(), Normalize()]
+def quantize_passes(format: str | None) -> list[GraphPass]:
+    """Linear layers in another format ("fp8"), with what makes their inputs; none for None. Legal for any fused program."""
+    if format is None:
+        return []
+    assert format == "fp8", format
+    return [QuantizeFp8(), FuseNormQuantize(), FuseGluQuantize()]
+
+
+def decoder_passes(
+    *, block_size: int, quantize: str | None = None, cache_dtype: torch.dtype | None = None
+) -> list[GraphPass]:
+    """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out.
+
+    quantize: format of linear layers, None: as they are. cache_dtype: of keys and values, None: the one they are computed in.
+    """
+    return [
+        *canonicalize_passes(),
+        *fuse_passes(),
+        *quantize_passes(quantize),
+        PageAttention(block_size=block_size, cache_dtype=cache_dtype),
+        SelectRows(),
+        Normalize(),
+    ]
 
 
 def module_passes() -> list[GraphPass]:

@@ -34,7 +34,7 @@ class SelectRows(GraphPass):
     def run(self, program: Program) -> int:
         output = next(node for node in program.graph.nodes if node.op == "output")
         logits = output.args[0][0]
-        head = _head(logits)
+        head = head_of(logits)
         target = head.args[0] if head is not None else logits
         first = head if head is not None else output
         rows = program.add_input("sample_rows", kind="metadata", key="sample_rows", example=_varying_rows(logits))
@@ -45,7 +45,7 @@ class SelectRows(GraphPass):
         return 1
 
 
-def _head(logits: Any) -> fx.Node | None:
+def head_of(logits: Any) -> fx.Node | None:
     """The linear layer that makes the logits, behind scaling and soft caps; None if there is no such layer."""
     node = logits
     while is_call(node, *_POINTWISE):
