@@ -14,6 +14,7 @@ from .common import (
     BatchInvariantOption,
     BatchTokensOption,
     BlockSizeOption,
+    BucketsOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -27,6 +28,7 @@ from .common import (
     TargetOption,
     format_bytes,
     output,
+    parse_numbers,
     pass_table,
     precision_text,
     resolve_model,
@@ -61,15 +63,7 @@ def build(
     quantize: QuantizeOption = None,
     kv_cache_dtype: KvDtypeOption = None,
     batch_invariant: BatchInvariantOption = None,
-    buckets: Annotated[
-        str | None,
-        typer.Option(
-            "--buckets",
-            metavar="N,N,...",
-            help="Token counts to build TensorRT engines and capture CUDA graphs for. Default: 1, 2, 4 ... "
-            "max-sequences ... max-batch-tokens.",
-        ),
-    ] = None,
+    buckets: BucketsOption = None,
     capabilities: Annotated[
         str | None,
         typer.Option(
@@ -114,7 +108,7 @@ def build(
             max_batch_tokens=max_batch_tokens,
             max_sequences=max_sequences,
             block_size=16 if block_size is None else block_size,
-            buckets=_numbers(buckets),
+            buckets=parse_numbers(buckets, "--buckets"),
             capabilities=capabilities.split(",") if capabilities else None,
             quantize=quantize,
             kv_cache_dtype=kv_cache_dtype or "auto",
@@ -132,15 +126,6 @@ def build(
             print_check(to, check)
             if not check.ok:
                 raise typer.Exit(1)
-
-
-def _numbers(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"--buckets is {text!r}; give numbers of tokens, such as 1,8,64")
-    return [int(part) for part in parts]
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

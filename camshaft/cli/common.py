@@ -97,6 +97,17 @@ BatchInvariantOption = Annotated[
         show_default=False,
     ),
 ]
+BucketsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--buckets",
+        metavar="N,N,...",
+        rich_help_panel=_BUILD,
+        help="Token counts to build TensorRT engines and capture CUDA graphs for. Default: 1, 2, 4 ... "
+        "max-sequences ... max-batch-tokens.",
+        show_default=False,
+    ),
+]
 NoCacheOption = Annotated[
     bool, typer.Option("--no-cache", rich_help_panel=_BUILD, help="Neither reuse an earlier build nor keep this one.")
 ]
@@ -135,6 +146,16 @@ def parse_bytes(text: str | None, name: str) -> int | None:
         raise ValueError(
             f"{name} is {text!r}; allowed: a number of bytes, or one with K, M, G or T, such as 512M"
         ) from error
+
+
+def parse_numbers(text: str | None, name: str) -> list[int] | None:
+    """ "1,8,64" -> [1, 8, 64]. Raises ValueError naming the option."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"{name} is {text!r}; give numbers of tokens, such as 1,8,64")
+    return [int(part) for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------------------- consoles
