@@ -16,3 +16,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     _LIB.define(schema)
     _LIB.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"camshaft::{name}", fake, lib=_LIB)
+
+
+def implement(name: str, implementation: Callable[..., Any], dispatch_key: str) -> None:
+    """A faster implementation of an operator for one kind of device, such as "CUDA"."""
+    _LIB.impl(name, implementation, dispatch_key)

@@ -1,0 +1,152 @@
+"""Linear layers on CUDA: which kernel takes which product. Decided from the host integers T, N, K and the dtype alone.
+
+    linear                 bf16 and fp16 weights    few rows: Triton; else cuBLAS
+    scaled_linear          fp8 weights and rows     few rows: Triton; else cuBLASLt (`torch._scaled_mm`) or Triton's tiles
+    invariant_*            all of them              one kernel and configuration for any T: a row's result does not depend on T
+
+The tables below are measurements on an H200 (`bench/gpu_linear.py`); on other GPUs they are right, and may not be the fastest.
+Import this module only where Triton is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gemm_skinny import RowsConfig, TileConfig, multiply_rows, multiply_tile
+from .gemm_tiled import ALIGNMENT_BYTES, TiledConfig, multiply_tiled
+
+Config = RowsConfig | TileConfig | TiledConfig
+HALF = (torch.float16, torch.bfloat16)
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A line of a table: products of at most `rows` rows and `columns` columns (N) run in `config`; None: the library."""
+
+    rows: int
+    columns: int
+    config: Config | None
+
+
+_ANY = 1 << 62
+
+HALF_TABLE = (
+    Choice(rows=1, columns=_ANY, config=RowsConfig(block_n=4, block_k=2048, warps=4)),
+    Choice(rows=16, columns=8192, config=TileConfig(block_n=64, block_k=128, splits=4)),
+    Choice(rows=16, columns=_ANY, config=TileConfig(block_n=64, block_k=128)),
+    Choice(rows=_ANY, columns=_ANY, config=None),
+)
+"""For bf16 and fp16, first line that fits."""
+
+FP8_TABLE = (
+    Choice(rows=1, columns=_ANY, config=RowsConfig(block_n=4, block_k=4096, warps=4)),
+    Choice(rows=16, columns=8192, config=TileConfig(block_n=64, block_k=256, splits=4)),
+    Choice(rows=32, columns=_ANY, config=TileConfig(block_n=64, block_k=256)),
+    Choice(rows=_ANY, columns=_ANY, config=None),
+)
+"""For float8_e4m3fn, first line that fits."""
+
+INVARIANT_HALF = TiledConfig(block_m=64, block_n=64, block_k=128, warps=4, stages=4, group=8, persistent=False)
+INVARIANT_FP8 = TiledConfig(block_m=64, block_n=64, block_k=256, warps=4, stages=4, group=8, persistent=False)
+"""Never chosen by T: changing one changes results, to the last bit."""
+
+
+def choose(table: tuple[Choice, ...], num_rows: int, n: int) -> Config | None:
+    """The configuration for T rows and N columns; None: the library's kernel."""
+    return next(line.config for line in table if num_rows <= line.rows and n <= line.columns)
+
+
+def run(
+    config: Config, x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """x [T, K] @ weight [N, K]^T in the kernel of `config` -> [T, N] in `dtype`. Scales [T, 1] and [N]: both or none."""
+    if isinstance(config, RowsConfig):
+        return multiply_rows(x, weight, x_scale, weight_scale, bias, dtype, config)
+    if isinstance(config, TileConfig):
+        return multiply_tile(x, weight, x_scale, weight_scale, bias, dtype, config)
+    return multiply_tiled(x, weight, x_scale, weight_scale, bias, dtype, config)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`camshaft::linear` on CUDA: x [.., K], weight [N, K], bias [N] or None, of one dtype -> [.., N]."""
+    rows = _rows(x)
+    config = None
+    if x.dtype in HALF and x.dtype == weight.dtype and rows.shape[0] and _fits(weight):
+        config = choose(HALF_TABLE, rows.shape[0], weight.shape[0])
+    if config is None:
+        return F.linear(x, weight, bias)
+    return run(config, rows, weight, None, None, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def scaled_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`camshaft::scaled_linear` on CUDA: fp8 x [.., K] with scales [.., 1], fp8 weight [N, K] with scales [N]."""
+    rows, scales = _rows(x), x_scale.reshape(-1, 1)
+    config = choose(FP8_TABLE, rows.shape[0], weight.shape[0])
+    if not rows.shape[0]:
+        out = torch.empty((0, weight.shape[0]), dtype=dtype, device=x.device)
+    elif config is None:
+        out = scaled_library(rows, scales, weight, weight_scale, bias, dtype)
+    else:
+        out = run(config, rows, weight, scales, weight_scale, bias, dtype)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def scaled_library(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """cuBLASLt's fp8 product with a scale for each row [T, 1] and column [N]. N and K must be multiples of 16.
+
+    Only bfloat16 comes out of it, and with row-wise scales only a bfloat16 bias goes in.
+    """
+    fits = bias is None or bias.dtype == torch.bfloat16
+    out = torch._scaled_mm(
+        x, weight.t(), scale_a=x_scale, scale_b=weight_scale.view(1, -1), bias=bias if fits else None,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
+    return (out if fits else out + bias).to(dtype)
+
+
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`camshaft::invariant_linear` on CUDA: x [.., K], weight [N, K], bias [N] or None, of one dtype -> [.., N].
+
+    Raises ValueError for dtypes and row lengths that its kernel cannot take: another would break what is promised.
+    """
+    _check_invariant(x, weight, HALF)
+    out = run(INVARIANT_HALF, _rows(x), weight.contiguous(), None, None, bias, x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def invariant_scaled_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`camshaft::invariant_scaled_linear` on CUDA: fp8 x [.., K] with scales [.., 1], fp8 weight [N, K] with scales [N]."""
+    _check_invariant(x, weight, (FP8,))
+    out = run(INVARIANT_FP8, _rows(x), weight.contiguous(), x_scale.reshape(-1, 1), weight_scale, bias, dtype)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _fits(weight: Tensor) -> bool:
+    return weight.is_contiguous() and weight.shape[1] * weight.element_size() % ALIGNMENT_BYTES == 0
+
+
+def _check_invariant(x: Tensor, weight: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    length = x.shape[-1] * x.element_size()
+    if x.dtype != weight.dtype or x.dtype not in allowed or length % ALIGNMENT_BYTES:
+        raise ValueError(
+            f"batch-invariant linear layer: x {x.dtype} and weight {weight.dtype} with rows of {length} bytes, allowed: one "
+            f"dtype of {', '.join(map(str, allowed))} with rows of a multiple of {ALIGNMENT_BYTES} bytes; build without "
+            "batch_invariant"
+        )

@@ -1,0 +1,76 @@
+"""Operators of linear layers that stay whole in compiled code, so that their kernels are chosen when the sizes are known.
+
+    camshaft::linear                     aten.linear
+    camshaft::invariant_linear           aten.linear, with a row's result independent of the other rows, to the last bit
+    camshaft::scaled_linear              (defined in graph/quant_ops.py; its CUDA kernels are registered here)
+    camshaft::invariant_scaled_linear    scaled_linear, with a row's result independent of the other rows, to the last bit
+
+Importing this registers them and imports neither Triton nor CUDA. Compiled segments name them, so it is imported before one is
+opened. On the CPU they are their definitions, and nothing is promised of invariance.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...graph import quant_ops
+from ...graph.registry import define, implement
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _scaled_linear_fake(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+# x [.., K], weight [N, K], bias [N] or None, of one dtype -> [.., N].
+define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", F.linear, _linear_fake)
+define("invariant_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", F.linear, _linear_fake)
+
+# As scaled_linear: x [.., K] with scales [.., 1], weight [N, K] with scales [N], bias [N] or None -> [.., N] in `dtype`.
+define(
+    "invariant_scaled_linear(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
+    " -> Tensor",
+    quant_ops.QUANT_DEFINITIONS[torch.ops.camshaft.scaled_linear.default],
+    _scaled_linear_fake,
+)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from . import gemm
+
+    return gemm.linear(x, weight, bias)
+
+
+def _invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    from . import gemm
+
+    return gemm.invariant_linear(x, weight, bias)
+
+
+def _scaled_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from . import gemm
+
+    return gemm.scaled_linear(x, x_scale, weight, weight_scale, bias, dtype)
+
+
+def _invariant_scaled_linear(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from . import gemm
+
+    return gemm.invariant_scaled_linear(x, x_scale, weight, weight_scale, bias, dtype)
+
+
+implement("linear", _linear, "CUDA")
+implement("invariant_linear", _invariant_linear, "CUDA")
+implement("scaled_linear", _scaled_linear, "CUDA")
+implement("invariant_scaled_linear", _invariant_scaled_linear, "CUDA")

@@ -1,0 +1,287 @@
+"""Products of few rows with a large matrix, bound by reading it: y [T, N] = x [T, K] @ weight [N, K]^T, T from 1 to 64.
+
+Two kernels. Both read every weight once and sum in an order that the configuration fixes, so equal inputs give equal bits.
+
+    rows    T <= 4     a program owns BLOCK_N rows of the weight; products in fp32 on the plain units
+    tile    T <= 64    a program owns a tile [BLOCK_N, span of K]; products on tensor cores. The weight is the left operand
+                       (its BLOCK_N rows fill the instruction) and x, padded to BLOCK_M rows, the right one.
+
+    K split in SPLITS      tile n:  | split 0 | split 1 | split 2 |    partial sums -> workspace [SPLITS, T, N] fp32;
+                                                                       who arrives last adds them, in order of the splits
+
+fp8 operands carry scales, x_scale [T] and weight_scale [N], which multiply the fp32 sum.
+
+Launched with `overlap` (programmatic dependent launch, compute capability 9.0), a kernel begins while the one before it ends: it
+asks for its first weights to be brought to the L2 cache, then waits before it reads x or writes anything.
+
+Import this module only where Triton is installed. TRITON_INTERPRET=1 runs it on CPU tensors, slowly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_ROWS = 64
+"""Most rows of x that the tile kernel takes."""
+MAX_ROWS_FMA = 4
+"""Most rows of x that the rows kernel takes."""
+_LINE_BYTES = tl.constexpr(128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig:
+    """How the rows kernel cuts the work: weight rows of a program, values of a row per step, warps, steps in flight."""
+
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 1
+    overlap: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """How the tile kernel cuts the work. splits: of K; weight_left: which operand of the tensor cores the weight is."""
+
+    block_n: int
+    block_k: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 4
+    weight_left: bool = True
+    overlap: bool = False
+
+
+# ---------------------------------------------------------------------------------------------------------- device code
+@triton.jit
+def _prefetch(weight, offs_n, K, start_k, LINES: tl.constexpr):
+    # The L2 cache asks for LINES lines of every row; nothing waits for them.
+    per_line: tl.constexpr = _LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
+    at = weight + offs_n[:, None] * K + start_k + tl.arange(0, LINES)[None, :] * per_line
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _await_previous():
+    # Everything before is finished and visible after the wait; only then may the next kernel come: what it reads may stem
+    # from kernels further back.
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _finish(total, x_scale, weight_scale, bias, m, n, keep_m, keep_n, SCALED: tl.constexpr, BIAS: tl.constexpr):
+    # total [BLOCK_N, BLOCK_M] fp32 -> scaled, biased
+    if SCALED:
+        row = tl.load(x_scale + m, mask=keep_m, other=0.0)
+        column = tl.load(weight_scale + n, mask=keep_n, other=0.0)
+        total = total * row[None, :] * column[:, None]
+    if BIAS:
+        total += tl.load(bias + n, mask=keep_n, other=0.0).to(tl.float32)[:, None]
+    return total
+
+
+@triton.jit
+def _dot_row(x, m, num_rows, K, k, wide, acc, EVEN_K: tl.constexpr):
+    # acc [BLOCK_N, BLOCK_K] += wide * x[m], row m repeated from the last where there are fewer
+    at = x + tl.minimum(m, num_rows - 1) * K + k
+    row = tl.load(at) if EVEN_K else tl.load(at, mask=k < K, other=0.0)
+    return acc + wide * row.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store_row(
+    acc, x_scale, weight_scale, bias, out, m, num_rows, n, N, SCALED: tl.constexpr, BIAS: tl.constexpr
+):  # fmt: skip
+    total = tl.sum(acc, 1)
+    keep = (n < N) & (m < num_rows)
+    if SCALED:
+        row = tl.load(x_scale + tl.minimum(m, num_rows - 1))
+        total = total * row * tl.load(weight_scale + n, mask=keep, other=0.0)
+    if BIAS:
+        total += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
+    tl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rows_kernel(
+    x, weight, x_scale, weight_scale, bias, out, num_rows, N, K,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
+    BIAS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.minimum(n, N - 1).to(tl.int64)
+    if OVERLAP:
+        _prefetch(weight, offs_n, K, 0, LINES)
+        _await_previous()
+    acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc3 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        at = weight + offs_n[:, None] * K + k[None, :]
+        if EVEN_K:
+            tile = tl.load(at, eviction_policy="evict_first")
+        else:
+            tile = tl.load(at, mask=k[None, :] < K, other=0.0, eviction_policy="evict_first")
+        wide = tile.to(tl.float32)
+        acc0 = _dot_row(x, 0, num_rows, K, k, wide, acc0, EVEN_K)
+        if ROWS > 1:
+            acc1 = _dot_row(x, 1, num_rows, K, k, wide, acc1, EVEN_K)
+        if ROWS > 2:
+            acc2 = _dot_row(x, 2, num_rows, K, k, wide, acc2, EVEN_K)
+            acc3 = _dot_row(x, 3, num_rows, K, k, wide, acc3, EVEN_K)
+    _store_row(acc0, x_scale, weight_scale, bias, out, 0, num_rows, n, N, SCALED, BIAS)
+    if ROWS > 1:
+        _store_row(acc1, x_scale, weight_scale, bias, out, 1, num_rows, n, N, SCALED, BIAS)
+    if ROWS > 2:
+        _store_row(acc2, x_scale, weight_scale, bias, out, 2, num_rows, n, N, SCALED, BIAS)
+        _store_row(acc3, x_scale, weight_scale, bias, out, 3, num_rows, n, N, SCALED, BIAS)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _tile_kernel(
+    x, weight, x_scale, weight_scale, bias, out, partial, arrived, num_rows, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, EVEN_K: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, WEIGHT_LEFT: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    LINES: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.minimum(n, N - 1).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    keep_m = m < num_rows
+    keep_n = n < N
+    span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
+    first = split * span
+    end = tl.minimum(first + span, K)
+    if OVERLAP:
+        _prefetch(weight, offs_n, K, first, LINES)
+        _await_previous()
+    if WEIGHT_LEFT:
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(first, end, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        w_at = weight + offs_n[:, None] * K + k[None, :]
+        x_at = x + m[:, None] * K + k[None, :]
+        if EVEN_K:
+            w = tl.load(w_at, eviction_policy="evict_first")
+            rows = tl.load(x_at, mask=keep_m[:, None], other=0.0)
+        else:
+            w = tl.load(w_at, mask=k[None, :] < K, other=0.0, eviction_policy="evict_first")
+            rows = tl.load(x_at, mask=keep_m[:, None] & (k[None, :] < K), other=0.0)
+        if WEIGHT_LEFT:
+            acc = tl.dot(w, tl.trans(rows), acc)
+        else:
+            acc = tl.dot(rows, tl.trans(w), acc)
+    total = acc if WEIGHT_LEFT else tl.trans(acc)
+    at = m[None, :] * N + n[:, None]
+    keep = keep_m[None, :] & keep_n[:, None]
+    if SPLITS == 1:
+        total = _finish(total, x_scale, weight_scale, bias, m, n, keep_m, keep_n, SCALED, BIAS)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=keep)
+    else:
+        size = num_rows * N
+        tl.store(partial + split * size + at, total, mask=keep)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        ticket = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        if ticket == SPLITS - 1:
+            tl.store(arrived + tile, 0)  # ready for the next launch
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for part in tl.static_range(SPLITS):
+                total += tl.load(partial + part * size + at, mask=keep, other=0.0, cache_modifier=".cg")
+            total = _finish(total, x_scale, weight_scale, bias, m, n, keep_m, keep_n, SCALED, BIAS)
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=keep)
+
+
+# --------------------------------------------------------------------------------------------------------------- launch
+def multiply_rows(
+    x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, bias: Tensor | None,
+    dtype: torch.dtype, config: RowsConfig,
+) -> Tensor:  # fmt: skip
+    """The rows kernel: x [T, K], weight [N, K] of one dtype, contiguous -> [T, N] in `dtype`. T from 1 to 4.
+
+    x_scale [T] or [T, 1] and weight_scale [N], fp32: both or none.
+    """
+    num_rows, k = x.shape
+    n = weight.shape[0]
+    assert 1 <= num_rows <= MAX_ROWS_FMA, num_rows
+    out = torch.empty((num_rows, n), dtype=dtype, device=x.device)
+    block_k = min(config.block_k, triton.next_power_of_2(k))
+    with on_device(x):
+        _rows_kernel[(triton.cdiv(n, config.block_n),)](
+            x, weight, x_scale, weight_scale, bias, out, num_rows, n, k,
+            ROWS=triton.next_power_of_2(num_rows), BLOCK_N=config.block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
+            SCALED=x_scale is not None, BIAS=bias is not None, STAGES=config.stages, OVERLAP=config.overlap,
+            LINES=_prefetch_lines(weight, block_k), num_warps=config.warps, **_launch_options(config.overlap),
+        )  # fmt: skip
+    return out
+
+
+def multiply_tile(
+    x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, bias: Tensor | None,
+    dtype: torch.dtype, config: TileConfig,
+) -> Tensor:  # fmt: skip
+    """The tile kernel: x [T, K], weight [N, K] of one dtype, contiguous -> [T, N] in `dtype`. T from 1 to 64.
+
+    x_scale [T] or [T, 1] and weight_scale [N], fp32: both or none.
+    """
+    num_rows, k = x.shape
+    n = weight.shape[0]
+    assert 1 <= num_rows <= MAX_ROWS, num_rows
+    out = torch.empty((num_rows, n), dtype=dtype, device=x.device)
+    tiles = triton.cdiv(n, config.block_n)
+    partial = arrived = None
+    if config.splits > 1:
+        partial = torch.empty((config.splits, num_rows, n), dtype=torch.float32, device=x.device)
+        arrived = _arrivals(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, tiles)
+    with on_device(x):
+        _tile_kernel[(tiles, config.splits)](
+            x, weight, x_scale, weight_scale, bias, out, partial, arrived, num_rows, n, k,
+            BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            SPLITS=config.splits, EVEN_K=k % config.block_k == 0, SCALED=x_scale is not None, BIAS=bias is not None,
+            WEIGHT_LEFT=config.weight_left, STAGES=config.stages, OVERLAP=config.overlap,
+            LINES=_prefetch_lines(weight, config.block_k * config.stages), num_warps=config.warps,
+            **_launch_options(config.overlap),
+        )  # fmt: skip
+    return out
+
+
+def _launch_options(overlap: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if overlap else {}
+
+
+def _prefetch_lines(weight: Tensor, values: int) -> int:
+    """Lines of the L2 cache that hold the first `values` of a row: at most 8, a power of two."""
+    return max(1, min(8, values * weight.element_size() // 128))
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, on which Triton launches; nothing for the CPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def _counters(device: torch.device, stream: int, size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def _arrivals(device: torch.device, stream: int, tiles: int) -> Tensor:
+    """Zeroed counters, one per tile, which every launch leaves zeroed.
+
+    They belong to a stream, on which launches follow each other. Graphs captured on one stream share them, so two of those must
+    not be replayed at the same time. Raises RuntimeError if they are first asked for while a graph is captured.
+    """
+    return _counters(device, stream, triton.next_power_of_2(max(tiles, 4096)))
