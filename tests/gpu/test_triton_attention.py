@@ -20,6 +20,8 @@ if not torch.cuda.is_available() and not INTERPRET:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from camshaft.export.kernels import dispatch, triton  # noqa: E402
+from camshaft.export.kernels.triton.attention import num_processors  # noqa: E402
+from camshaft.export.kernels.triton.configs import DecodeConfig, num_splits  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -90,8 +92,8 @@ def test_options(options: dict[str, Any], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"sinks": True, "window": 400, "alibi": True}], ids=str)
 def test_split_decode(options: dict[str, Any]) -> None:
-    processors = triton._num_processors(torch.device(DEVICE))
-    assert triton._num_splits(3, 2, 1500, processors) > 1
+    processors = num_processors(torch.device(DEVICE))
+    assert num_splits(DecodeConfig(block_n=64, num_warps=4, num_stages=1), 6, 1500, processors) > 1
     case = make_case(LONG, dim=32, dtype=torch.float32, device=DEVICE, **options)
     check(case, torch.float32)
 
