@@ -17,8 +17,8 @@ from .workload import Workload
 
 KIND, FORMAT = "camshaft-bench", 1
 
-HIGHER_IS_BETTER = ("output_tok_s", "total_tok_s", "requests_s")
-LOWER_IS_BETTER = ("ttft_ms", "tpot_ms", "itl_ms", "decode_ms", "request_s", "duration_s")
+HIGHER_IS_BETTER = ("output_tok_s", "total_tok_s", "requests_s", "goodput_requests_s", "slo_share")
+LOWER_IS_BETTER = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "decode_ms", "request_s", "duration_s")
 
 
 def result_entry(system: str, mode: str, repeats: Sequence[Repeat], **facts: Any) -> dict[str, Any]:
@@ -38,8 +38,12 @@ def make_document(
     workload: Workload,
     results: Sequence[Mapping[str, Any]],
     command: Sequence[str] | None = None,
+    **parts: Any,
 ) -> dict[str, Any]:
-    """The document: what was run, where, with which versions, and all results."""
+    """The document: what was run, where, with which versions, and all results.
+
+    parts: more of it, by key, such as the case's name, seconds of the start-up, or a profile.
+    """
     from .environment import git_commit, machine, package_versions
 
     return {
@@ -52,6 +56,7 @@ def make_document(
         "git": git_commit(),
         "model": dict(model),
         "workload": asdict(workload),
+        **parts,
         "results": [dict(result) for result in results],
     }
 
@@ -87,7 +92,9 @@ class Difference:
 
 
 def compare_documents(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """The metrics that both documents have for the same system and mode; systems are matched by name, batch size aside."""
+    """The metrics that both documents have for the same system, mode and request rate; systems are matched by name, batch size
+    aside.
+    """
     others = {_key(entry): entry for entry in second["results"]}
     differences = []
     for entry in first["results"]:
@@ -99,7 +106,7 @@ def compare_documents(first: Mapping[str, Any], second: Mapping[str, Any]) -> li
             if theirs is None or not _direction(metric):
                 continue
             ratio = theirs["median"] / ours["median"] if ours["median"] else float("nan")
-            differences.append(Difference(entry["system"], metric, ours, theirs, ratio, _verdict(metric, ours, theirs)))
+            differences.append(Difference(label_of(entry), metric, ours, theirs, ratio, _verdict(metric, ours, theirs)))
     return differences
 
 
@@ -116,8 +123,16 @@ def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _key(entry: Mapping[str, Any]) -> tuple[str, str]:
-    return entry["system"].split(" of ")[0], entry["mode"]
+def label_of(entry: Mapping[str, Any]) -> str:
+    """A result's system, with its request rate where it has one: "camshaft, 4/s"."""
+    rate = entry.get("request_rate")
+    if rate is None:
+        return str(entry["system"])
+    return f"{entry['system']}, " + ("all at once" if rate == "inf" else f"{rate:g}/s")
+
+
+def _key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return entry["system"].split(" of ")[0], entry["mode"], str(entry.get("request_rate"))
 
 
 def _direction(metric: str) -> int:

@@ -15,13 +15,15 @@ PACKAGES = (
 
 
 def package_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
-    """Package -> installed version, None where it is not installed."""
+    """Package -> installed version, None where it is not installed; Camshaft's own also where it runs from its source."""
+    from ... import __version__
+
     found: dict[str, str | None] = {}
     for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
+            found[name] = __version__ if name == "camshaft" else None
     return found
 
 
@@ -61,10 +63,11 @@ def machine() -> dict[str, Any]:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the checkout that this package runs from, None where it is installed or git is missing."""
+    """{"commit", "dirty"} of the checkout that this package runs from. Without one, $CAMSHAFT_COMMIT with dirty None; else None."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        given = os.environ.get("CAMSHAFT_COMMIT")
+        return {"commit": given, "dirty": None} if given else None
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10
@@ -76,3 +79,12 @@ def git_commit() -> dict[str, Any] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def seconds_since_start() -> float | None:
+    """Seconds since this process was started, imports included; None where the system does not tell (no /proc)."""
+    stat, uptime = Path("/proc/self/stat"), Path("/proc/uptime")
+    if not (stat.is_file() and uptime.is_file()):
+        return None
+    started = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return float(uptime.read_text().split()[0]) - started

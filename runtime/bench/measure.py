@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..sampling_params import SamplingParams
+from .recording import RecordingEngine, Step
 from .statistics import distribution
 from .workload import BenchRequest
 
@@ -17,42 +18,6 @@ if TYPE_CHECKING:
 
 Repeat = dict[str, float]
 """Metrics of one timed run, by name; the unit is the name's end (_s, _ms, tok_s)."""
-
-
-@dataclass(slots=True)
-class _Step:
-    start_s: float
-    num_tokens: int
-    num_sequences: int
-    num_sampled: int
-
-
-class RecordingEngine:
-    """An engine that notes when each step began and how large it was, and is otherwise the engine it wraps.
-
-    steps: emptied by `clear`. A step costs a microsecond more.
-    """
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.steps: list[_Step] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def bind_cache(self, num_blocks: Sequence[int]) -> None:
-        """Allocates the wrapped engine's KV cache."""
-        self._engine.bind_cache(num_blocks)
-
-    def step(self, batch: Any) -> Any:
-        """Runs the wrapped engine's step."""
-        rows = batch.sample_rows.shape[0]
-        self.steps.append(_Step(time.perf_counter(), batch.token_ids.shape[0], batch.seq_lens.shape[0], rows))
-        return self._engine.step(batch)
-
-    def clear(self) -> None:
-        """Forgets all steps."""
-        self.steps = []
 
 
 def sampling_of(request: BenchRequest, *, ignore_eos: bool) -> SamplingParams:
@@ -67,17 +32,17 @@ def run_throughput(
 
     Returns output_tok_s and total_tok_s (output, and prompt with output tokens, per second of the whole run), requests_s,
     duration_s; ttft_ms_* (arrival of all requests to first token, waiting included); tpot_ms_* (per request: first to last
-    token, over the tokens between); itl_ms_* (time between steps, counted for every sequence that got a token, so a
-    stall counts for all whom it stalls); steps, mean_batch_size (sequences per step), mean_batch_tokens,
-    prefix_hit_tokens, preemptions.
+    token, over the tokens between); e2e_ms_* (arrival to last token); itl_ms_* (time between steps, counted for every
+    sequence that got a token, so a stall counts for all whom it stalls); mean_batch_size (sequences per step),
+    mean_batch_tokens, and what `stats_between` gives.
     """
     params = [sampling_of(request, ignore_eos=ignore_eos) for request in requests]
-    before = llm.stats().scheduler
+    before = llm.stats()
     engine.clear()
     start = time.perf_counter()
     outputs = llm.generate([{"prompt_token_ids": r.prompt} for r in requests], params, progress=False)
     end = time.perf_counter()
-    after = llm.stats().scheduler
+    counts = stats_between(before, llm.stats())
     num_output = sum(len(output.token_ids) for output in outputs)
     num_input = sum(len(request.prompt) for request in requests)
     duration = end - start
@@ -89,9 +54,8 @@ def run_throughput(
         "input_tokens": float(num_input),
         "output_tokens": float(num_output),
         **_request_times(outputs),
+        **counts,
         **_step_times(engine.steps, end),
-        "prefix_hit_tokens": float(after.prefix_hit_tokens - before.prefix_hit_tokens),
-        "preemptions": float(after.preemptions - before.preemptions),
     }
 
 
@@ -129,18 +93,43 @@ def run_latency(
 
 
 def _request_times(outputs: Sequence[RequestOutput]) -> dict[str, float]:
-    ttft, tpot = [], []
+    ttft, tpot, e2e = [], [], []
     for output in outputs:
         metrics = output.metrics
         if metrics.first_token_s is None or metrics.finished_s is None:
             continue
         ttft.append(1e3 * (metrics.first_token_s - metrics.arrival_s))
+        e2e.append(1e3 * (metrics.finished_s - metrics.arrival_s))
         if len(output.token_ids) > 1:
             tpot.append(1e3 * (metrics.finished_s - metrics.first_token_s) / (len(output.token_ids) - 1))
-    return {**distribution("ttft_ms", ttft), **distribution("tpot_ms", tpot)}
+    return {**distribution("ttft_ms", ttft), **distribution("tpot_ms", tpot), **distribution("e2e_ms", e2e)}
 
 
-def _intervals_ms(steps: Sequence[_Step], end: float) -> tuple[list[_Step], list[float]]:
+def stats_between(before: Any, after: Any) -> Repeat:
+    """What an LLM counted between two calls of `stats()`: steps, prefix_hit_tokens, preemptions, and every other time (_s) and
+    number (num_) that it keeps, such as the host's seconds per phase, under its own name with "llm_" in front.
+    """
+    counts = {"steps": after.scheduler.steps - before.scheduler.steps}
+    for name in ("prefix_hit_tokens", "preemptions"):
+        counts[name] = getattr(after.scheduler, name) - getattr(before.scheduler, name)
+    return {name: float(value) for name, value in (counts | _differences("llm", before, after)).items()}
+
+
+def _differences(prefix: str, before: Any, after: Any) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for field in fields(after):
+        old, new = getattr(before, field.name), getattr(after, field.name)
+        name = f"{prefix}_{field.name}"
+        if field.name in ("scheduler", "memory", "num_unfinished"):
+            continue
+        if is_dataclass(new):
+            found |= _differences(name, old, new)
+        elif isinstance(new, (int, float)) and isinstance(old, (int, float)):
+            found[name] = new - old
+    return found
+
+
+def _intervals_ms(steps: Sequence[Step], end: float) -> tuple[list[Step], list[float]]:
     """Steps that sampled, and the milliseconds until each one's tokens were there since the step before it had ended."""
     ends = [step.start_s for step in steps[1:]] + [end]
     kept, intervals, last = [], [], steps[0].start_s if steps else end
@@ -152,13 +141,12 @@ def _intervals_ms(steps: Sequence[_Step], end: float) -> tuple[list[_Step], list
     return kept, intervals
 
 
-def _step_times(steps: Sequence[_Step], end: float) -> dict[str, float]:
+def _step_times(steps: Sequence[Step], end: float) -> dict[str, float]:
     if not steps:
-        return {"steps": 0.0}
+        return {}
     sampled, intervals = _intervals_ms(steps, end)
     return {
         **distribution("itl_ms", intervals[1:], [float(step.num_sampled) for step in sampled[1:]]),
-        "steps": float(len(steps)),
         "mean_batch_size": sum(step.num_sequences for step in steps) / len(steps),
         "mean_batch_tokens": sum(step.num_tokens for step in steps) / len(steps),
     }
