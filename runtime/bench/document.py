@@ -17,7 +17,7 @@ from .workload import Workload
 
 KIND, FORMAT = "camshaft-bench", 1
 
-HIGHER_IS_BETTER = ("output_tok_s", "total_tok_s", "requests_s", "goodput_requests_s", "slo_share")
+HIGHER_IS_BETTER = ("output_tok_s", "decode_tok_s", "total_tok_s", "requests_s", "goodput_requests_s", "slo_share")
 LOWER_IS_BETTER = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms", "decode_ms", "request_s", "duration_s")
 
 

@@ -64,7 +64,8 @@ def run_latency(
 ) -> Repeat:
     """One request after another, batch size 1.
 
-    Returns decode_ms_* per token after the first, ttft_ms_*, request_s (median end-to-end seconds), output_tok_s.
+    Returns decode_ms_* per token after the first, decode_tok_s (of these tokens alone), ttft_ms_*, request_s (median end-to-end
+    seconds), and output_tok_s, prompts included.
     """
     ttft: list[float] = []
     totals: list[float] = []
@@ -85,6 +86,7 @@ def run_latency(
         decode.extend(_intervals_ms(engine.steps, end)[1][1:])
     return {
         **distribution("decode_ms", decode),
+        **({"decode_tok_s": 1e3 * len(decode) / sum(decode)} if decode else {}),
         **distribution("ttft_ms", ttft),
         "request_s": sorted(totals)[len(totals) // 2],
         "output_tok_s": num_output / sum(totals),
