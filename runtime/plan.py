@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from .kv_cache import CacheGroup
 from .policies import POLICY_NAMES, PolicyName
@@ -79,18 +84,68 @@ class ScheduledRequest(NamedTuple):
     """Whether tokens are sampled: the step reaches the request's last token."""
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """What one step computes."""
+_row = partial(tuple.__new__, ScheduledRequest)
+_NO_STARTS: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
-    step_id: int
-    """Counts the plans of a scheduler from 0."""
-    scheduled: tuple[ScheduledRequest, ...]
-    """Decoding requests first, then prompts, each by arrival; never empty."""
-    num_tokens: int
-    """Sum over scheduled, at most max_batch_tokens."""
-    preempted: tuple[str, ...] = ()
-    """Ids of the requests that lost their blocks while planning, in that order."""
+
+class StepPlan:
+    """What one step computes; not changed after it is made.
+
+    The rows of a step, in this order:
+
+        decodes          one token each, sampled; by arrival, kept as arrays since there may be thousands
+        others           what has more tokens, or its prompt under way: decoding with drafts, then prompts, by arrival
+
+    Args:
+        scheduled: rows that are not in `decodes`.
+        decodes, starts: requests that compute the one position `starts[i]` and sample a token.
+        last: [D] whether that token is the request's last by length.
+    """
+
+    __slots__ = ("_scheduled", "decodes", "last", "left", "num_tokens", "others", "preempted", "starts", "step_id")
+
+    def __init__(
+        self,
+        step_id: int,
+        scheduled: tuple[ScheduledRequest, ...],
+        num_tokens: int,
+        preempted: tuple[str, ...] = (),
+        left: tuple[str, ...] = (),
+        decodes: tuple[Request, ...] = (),
+        starts: npt.NDArray[np.int64] = _NO_STARTS,
+        last: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        self.step_id = step_id
+        """Counts the plans of a scheduler from 0."""
+        self.decodes = decodes
+        self.starts = starts
+        self.last = np.zeros(len(decodes), dtype=np.bool_) if last is None else last
+        self.others = scheduled
+        self.num_tokens = num_tokens
+        """Sum over all rows, at most max_batch_tokens."""
+        self.preempted = preempted
+        """Ids of the requests that lost their blocks while planning, in that order."""
+        self.left = left
+        """Ids of the requests that gave their blocks back because the step in flight brings their last token."""
+        self._scheduled = None if decodes else scheduled
+
+    @property
+    def scheduled(self) -> tuple[ScheduledRequest, ...]:
+        """All rows, never none; made when first asked for."""
+        if self._scheduled is None:
+            fields: Any = zip(self.decodes, self.starts.tolist(), repeat(1), repeat(0), repeat(1), repeat(True))
+            self._scheduled = (*map(_row, fields), *self.others)
+        return self._scheduled
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of rows."""
+        return len(self.decodes) + len(self.others)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether a row verifies drafts, so that the step's result decides where the next one begins."""
+        return any(row.num_draft_tokens for row in self.others)
 
 
 class RequestUpdate(NamedTuple):
@@ -117,7 +172,7 @@ class SchedulerStats:
     """A scheduler's present load and its counts since the start."""
 
     running: int
-    """Requests that hold blocks."""
+    """Requests that have started and not ended."""
     waiting: int
     """Requests in the queue."""
     groups: tuple[GroupStats, ...]

@@ -13,10 +13,14 @@ NULL_BLOCK = -1
 
 
 class RequestStatus(StrEnum):
-    """Where a request is; preemption is the way back from RUNNING to WAITING."""
+    """Where a request is; preemption is the way back from RUNNING to WAITING.
+
+    ENDING: its last token is under way in a launched step, and nothing else of it is left to compute.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
+    ENDING = "ending"
     FINISHED = "finished"
 
 
@@ -36,6 +40,9 @@ class Request:
 
         all_token_ids   | prompt ................. | output ... |
         KV cache        | computed .......... |  <- num_computed_tokens, catching up
+
+    While a step is planned on top of one that is still computing, `num_computed_tokens` counts that one in, and the
+    token that it samples is at position `num_tokens`: it has a place, and a value once `update()` brings it.
 
     The fields below `output_token_ids` belong to the scheduler and its KV cache manager: others only read them,
     except `draft_token_ids`, which a drafter sets between `update()` and `schedule()`.
@@ -59,6 +66,8 @@ class Request:
     multimodal: object | None = None
     """Media inputs. Their tokens do not tell their content, so without a cache_salt the prefix cache is not used."""
 
+    reports_tokens: bool = field(init=False, default=True)
+    """Whether update() tells of every token, or only of the first and of the end."""
     output_token_ids: list[int] = field(init=False, default_factory=list)
     """Tokens generated so far."""
     all_token_ids: list[int] = field(init=False)
@@ -72,7 +81,7 @@ class Request:
     stop_reason: int | str | None = field(init=False, default=None)
     """The stop_token_ids entry or stop string that ended it; None for end-of-sequence and the other reasons."""
     num_computed_tokens: int = field(init=False, default=0)
-    """Tokens whose keys and values are in the cache."""
+    """Tokens whose keys and values are in the cache, or will be when the launched steps are over."""
     num_cached_tokens: int = field(init=False, default=0)
     """Prompt tokens found in the prefix cache when first admitted."""
     num_preemptions: int = field(init=False, default=0)

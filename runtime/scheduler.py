@@ -12,18 +12,32 @@ starving a large request), and so they do while it waits for a sibling.
 Two invariants carry this: the running list and the waiting queue are each in order of arrival, and every waiting
 request arrived after every running one. So the latest arrived running request, the victim of a preemption, is the
 last of the list, and goes to the front of the queue.
+
+A step may be planned while the one before it computes, before its tokens are known:
+
+    schedule(n)  launch n            schedule(n + 1)  launch n + 1  update(n)        schedule(n + 2) ...
+
+What n computes then counts as computed, and the tokens it samples as there: only their values are missing. Steps run in
+order on one stream, so blocks that a request gives back may be given away at once, to a step that writes later, and a
+full block may be found by others as soon as the step that fills it is launched (its tokens are known by then: the only
+unknown one is not computed yet). Requests whose last token by length is in flight leave at once. One that turns out to
+have ended otherwise has a row in step n + 1 that nobody looks at. A preempted one still gets the token it waits for.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from .kv_cache import KVCacheManager
 from .plan import GroupStats, RequestUpdate, ScheduledRequest, SchedulerConfig, SchedulerStats, StepPlan
 from .policies import make_policy
 from .request import FinishReason, Request, RequestStatus
+from .running import ALWAYS, Flags, RunningSet
 
 __all__ = [
     "GroupStats",
@@ -38,25 +52,44 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _RUNNING = RequestStatus.RUNNING
+_FINISHED = RequestStatus.FINISHED
+
+Tokens = Sequence[Sequence[int]] | npt.NDArray[np.int64]
+"""Result of a step: the tokens of each row ([] where it does not sample), or one token for each row that samples."""
 
 
 class _Step:
     """A plan in the making."""
 
-    __slots__ = ("decodes", "prefills", "preempted", "spare")
+    __slots__ = ("chosen", "decodes", "on_top", "prefills", "preempted", "spare")
 
-    def __init__(self, spare: int) -> None:
+    def __init__(self, spare: int, chosen: Flags, on_top: bool) -> None:
+        self.chosen = chosen
+        """[running] who takes one token, quickly."""
         self.decodes: list[ScheduledRequest] = []
         self.prefills: list[ScheduledRequest] = []
         self.preempted: list[str] = []
         # Budget left when each decoding request still to come takes one token.
         self.spare = spare
+        self.on_top = on_top
+        """Whether the step before is in flight, with a token of every decoding request."""
+
+
+class _Flight:
+    """A plan without a result."""
+
+    __slots__ = ("advanced", "num_retired", "plan")
+
+    def __init__(self, plan: StepPlan, num_retired: int) -> None:
+        self.plan = plan
+        self.num_retired = num_retired
+        self.advanced = False
 
 
 class Scheduler:
     """Plans steps over requests that come and go: add_request, then schedule and update in turns.
 
-    schedule() and update() alternate; add_request, abort and finish may come at any time between them. Not
+    schedule() may be one step ahead of update(); add_request, abort and finish may come at any time between them. Not
     thread-safe: one thread, or the caller's lock.
     """
 
@@ -68,14 +101,20 @@ class Scheduler:
         self._policy = make_policy(config.policy, self.kv, self._chunk_limit, config.max_sequences)
         self._requests: dict[str, Request] = {}
         self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._running: list[Request] = []
+        self._ending: dict[str, Request] = {}
+        self._running = RunningSet(config.max_sequences)
         self._num_prefilling = 0
         self._num_arrived = 0
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
-        self._outstanding: StepPlan | None = None
+        self._num_retired = 0
+        self._flights: deque[_Flight] = deque()
+        self._unreported: list[str] = []  # preempted or gone while nothing could be planned
+        self._left: list[str] = []
+        self._stop_sets: Counter[frozenset[int]] = Counter()
+        self._stop_ids = np.zeros(0, dtype=np.int64)
 
     # --- requests in and out ------------------------------------------------------------------------------------
 
@@ -91,6 +130,9 @@ class Scheduler:
         self._num_arrived += 1
         self._requests[request.request_id] = request
         self._waiting[request.request_id] = request
+        self._stop_sets[request.stop_ids] += 1
+        if self._stop_sets[request.stop_ids] == 1:
+            self._gather_stop_ids()
 
     def check_fits(self, request: Request) -> int:
         """The most tokens the request can reach; raises ValueError when it cannot get there."""
@@ -135,16 +177,28 @@ class Scheduler:
         request.finish_reason, request.stop_reason = reason, stop_reason
         if request.status is _RUNNING:
             self._running.remove(request)
-            self._end_run(request)
-        else:
-            del self._waiting[request_id]
         self._retire(request)
         return True
 
     def _retire(self, request: Request) -> None:
-        request.status = RequestStatus.FINISHED
+        """End a request, except for its place in the running list."""
+        if request.status is _RUNNING:
+            self._end_run(request)
+        elif request.status is RequestStatus.ENDING:
+            del self._ending[request.request_id]
+        else:
+            del self._waiting[request.request_id]
+        request.status = _FINISHED
         request.draft_token_ids = []
         del self._requests[request.request_id]
+        self._num_retired += 1
+        self._stop_sets[request.stop_ids] -= 1
+        if not self._stop_sets[request.stop_ids]:
+            del self._stop_sets[request.stop_ids]
+            self._gather_stop_ids()
+
+    def _gather_stop_ids(self) -> None:
+        self._stop_ids = np.array(sorted(frozenset().union(*self._stop_sets)), dtype=np.int64)
 
     def _end_run(self, request: Request) -> None:
         """Take blocks and reservation from a request that leaves the running list."""
@@ -156,47 +210,92 @@ class Scheduler:
     # --- planning -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step; None when no request is left. Raises RuntimeError before the last plan's update()."""
-        if self._outstanding is not None:
-            raise RuntimeError(
-                f"step {self._outstanding.step_id} has no update() yet; allowed: schedule() and update() in turns"
-            )
+        """Plan the next step, on top of the one in flight if there is one.
+
+        None when no request is left, or none that can go on before the step in flight has its update(). Raises
+        RuntimeError when two steps are in flight, or one whose drafts decide where the next step begins.
+        """
+        flight = self._flights[-1] if self._flights else None
+        if flight is not None:
+            self._check_ahead(flight)
+            self._advance(flight)
+            self._leave_early()
         if not self._requests:
             return None
-        step = _Step(self.config.max_batch_tokens - len(self._running) + self._num_prefilling)
+        running = self._running
+        num_decoding = len(running) - self._num_prefilling
+        chosen = running.decoding[: len(running)].copy()
+        step = _Step(self.config.max_batch_tokens - num_decoding, chosen, flight is not None)
         self._plan_running(step)
         if not step.preempted:
             self._plan_waiting(step)
-        scheduled = tuple(step.decodes + step.prefills)
-        assert scheduled, f"{len(self._running)} running and {len(self._waiting)} waiting requests, and an empty plan"
+        self._unreported += step.preempted
+        decodes, starts, last = running.plan_decodes(chosen[: len(running)])
+        others = tuple(step.decodes + step.prefills)
+        if not decodes and not others:
+            assert flight is not None, f"{len(running)} running and {len(self._waiting)} waiting, and an empty plan"
+            return None
         num_tokens = self.config.max_batch_tokens - step.spare
-        plan = StepPlan(self._num_steps, scheduled, num_tokens, tuple(step.preempted))
+        preempted, left = tuple(self._unreported), tuple(self._left)
+        self._unreported, self._left = [], []
+        plan = StepPlan(self._num_steps, others, num_tokens, preempted, left, decodes, starts, last)
         self._num_steps += 1
-        self._outstanding = plan
+        self._flights.append(_Flight(plan, self._num_retired))
         return plan
+
+    def _check_ahead(self, flight: _Flight) -> None:
+        step_id = flight.plan.step_id
+        if len(self._flights) == 2:
+            raise RuntimeError(
+                f"steps {step_id - 1} and {step_id} have no update() yet; allowed: schedule() one step ahead of update()"
+            )
+        if flight.plan.has_drafts:
+            raise RuntimeError(
+                f"step {step_id} verifies drafts and has no update() yet; allowed: update() before the next schedule()"
+            )
+
+    def _leave_early(self) -> None:
+        """Requests whose last token by length is in flight give their blocks and places back."""
+        running = self._running
+        ending = [
+            running.requests[index]
+            for index in running.wanting_a_look()
+            if running.decoding[index] and running.next[index] + 1 >= running.limit[index]
+        ]
+        for request in ending:
+            self._end_run(request)
+            request.status = RequestStatus.ENDING
+            self._ending[request.request_id] = request
+            self._left.append(request.request_id)
+        if ending:
+            running.keep_running()
 
     def _plan_running(self, step: _Step) -> None:
         """Give every decoding request its token, and spare tokens by arrival to drafts and started prompts."""
-        running, decodes, index = self._running, step.decodes, 0
-        make, row_fields = ScheduledRequest._make, (1, 0, 1, True)
-        while index < len(running):  # preemption shortens the list from its end
-            request = running[index]
-            index += 1
-            start = request.num_computed_tokens
-            end = start + 1
-            if (
-                len(request.all_token_ids) == end
-                and end <= request.kv_capacity
-                and not request.prefilling
-                and not request.draft_token_ids
+        running = self._running
+        if not step.on_top and any([request.draft_token_ids for request in running.requests]):
+            running.due[: len(running)][[bool(request.draft_token_ids) for request in running.requests]] = ALWAYS
+        for index in running.wanting_a_look():
+            if index >= len(running):  # preempted
+                break
+            request = running.requests[index]
+            if request.prefilling:
+                self._plan_prefill(step, request, index)
+            elif request.num_tokens + step.on_top == request.num_computed_tokens + 1 and (
+                step.on_top or not request.draft_token_ids
             ):
-                decodes.append(make((request, start, *row_fields)))  # the common case, and a quick one
-            elif request.prefilling:
-                self._plan_prefill(step, request)
+                if self._make_room(step, request, request.num_computed_tokens + 1):
+                    running.due[index] = self._due(request)
             else:
-                self._plan_decode(step, request)
+                step.chosen[index] = False
+                self._plan_decode(step, request, index)
 
-    def _plan_decode(self, step: _Step, request: Request) -> None:
+    @staticmethod
+    def _due(request: Request) -> int:
+        """The position at which a decoding request next needs a block, has one to name or give back, or ends."""
+        return min(request.kv_capacity, request.kv_next_event, request.max_total_tokens - 1)
+
+    def _plan_decode(self, step: _Step, request: Request, index: int) -> None:
         """One token, and as spare tokens and blocks allow the rest up to the last one and its drafts."""
         start = request.num_computed_tokens
         remaining = request.num_tokens - start
@@ -209,18 +308,18 @@ class Scheduler:
             num_drafts = max(0, min(num_drafts, request.kv_capacity - start - num_new))
         if not self._make_room(step, request, start + num_new):
             return
-        self._append(step, step.decodes, request, num_new, num_drafts)
+        self._append(step, step.decodes, request, index, num_new, num_drafts)
         step.spare += 1  # the token that was kept back for it
 
-    def _plan_prefill(self, step: _Step, request: Request) -> None:
+    def _plan_prefill(self, step: _Step, request: Request, index: int) -> None:
         """The next chunk of a prompt (or recomputation) that has started."""
         start = request.num_computed_tokens
         num_new = min(request.num_tokens - start, self._chunk_limit, step.spare)
         if num_new > 0 and self._make_room(step, request, start + num_new):
-            self._append(step, step.prefills, request, num_new, 0)
+            self._append(step, step.prefills, request, index, num_new, 0)
 
     def _append(
-        self, step: _Step, rows: list[ScheduledRequest], request: Request, num_new: int, num_drafts: int
+        self, step: _Step, rows: list[ScheduledRequest], request: Request, index: int, num_new: int, num_drafts: int
     ) -> None:
         start, num_tokens = request.num_computed_tokens, num_new + num_drafts
         samples = start + num_new == request.num_tokens
@@ -228,13 +327,14 @@ class Scheduler:
         if request.needs_prompt_logits:
             num_logit_rows = num_tokens
         rows.append(ScheduledRequest(request, start, num_tokens, num_drafts, num_logit_rows, samples))
+        self._running.planned[index] = 0 if num_drafts else num_tokens
         step.spare -= num_tokens
 
     def _make_room(self, step: _Step, request: Request, num_tokens: int) -> bool:
         """Allocate for num_tokens, preempting the latest arrived until it works; False if that is `request`."""
         while not self.kv.allocate(request, num_tokens):
             assert self._policy.preempts, f"{self.config.policy} ran out of blocks for {request.request_id!r}"
-            victim = self._running[-1]
+            victim = self._running.requests[-1]
             if not victim.prefilling:
                 step.spare += 1  # the token that was kept back for it
             self._preempt(victim)
@@ -272,15 +372,15 @@ class Scheduler:
             if not self.kv.admit(request, match, match.num_tokens + num_new, self._chunk_limit):
                 assert self._policy.preempts, f"{self.config.policy} reserved blocks that are not there"
                 return
-            self._start(request, match.num_tokens)
-            self._append(step, step.prefills, request, num_new, 0)
+            index = self._start(request, match.num_tokens)
+            self._append(step, step.prefills, request, index, num_new, 0)
 
-    def _start(self, request: Request, num_cached_tokens: int) -> None:
+    def _start(self, request: Request, num_cached_tokens: int) -> int:
         del self._waiting[request.request_id]
-        self._running.append(request)
+        request.num_computed_tokens = num_cached_tokens
+        index = self._running.append(request)
         self._policy.admitted(request)
         request.status = _RUNNING
-        request.num_computed_tokens = num_cached_tokens
         request.prefill_end = request.num_tokens
         request.prefilling = True
         request.draft_token_ids = []
@@ -290,6 +390,7 @@ class Scheduler:
         if self.config.enable_prefix_cache and request.uses_prefix_cache and not request.needs_prompt_logits:
             self._num_queried_tokens += request.num_tokens
             self._num_hit_tokens += num_cached_tokens
+        return index
 
     def _waits_for_sibling(self, request: Request) -> bool:
         """Whether the request's sibling is still computing its prompt; only an earlier arrival is waited for,
@@ -303,68 +404,145 @@ class Scheduler:
 
     # --- results ------------------------------------------------------------------------------------------------
 
-    def update(self, plan: StepPlan, sampled: Sequence[Sequence[int]]) -> list[RequestUpdate]:
+    def _advance(self, flight: _Flight) -> None:
+        """Count in what a launched step computes: prompts end, blocks get names or go back."""
+        if flight.advanced:
+            return
+        flight.advanced = True
+        running = self._running
+        running.advance()
+        for index in running.wanting_a_look():
+            request = running.requests[index]
+            computed = request.num_computed_tokens
+            if request.prefilling and computed >= request.prefill_end:
+                request.prefilling = False
+                running.decoding[index] = True
+                self._num_prefilling -= 1
+            if computed >= request.kv_next_event:
+                self.kv.advance(request)
+            if not request.prefilling and request.num_tokens == computed:
+                running.due[index] = self._due(request)
+
+    def update(self, plan: StepPlan, sampled: Tokens) -> list[RequestUpdate]:
         """Take in a step's result: sampled[i] are the tokens of plan.scheduled[i], [] where it does not sample.
 
-        Several tokens are legal: with drafts d0 d1 .. the row's tokens are the accepted drafts and one more,
-        without drafts the further ones are computed in later steps. Tokens behind the one that ends a request are
-        dropped, as are the results of requests ended since schedule(). Raises ValueError for a plan that is not the
-        last one made, and for tokens that do not go with it.
+        An array has one token for each row that samples instead, in their order. Several tokens of a row are legal
+        unless the next step is planned: with drafts d0 d1 .. they are the accepted drafts and one more, without
+        drafts the further ones are computed in later steps. Tokens behind the one that ends a request are dropped,
+        as are the results of requests ended since schedule(). Decodes of requests whose `reports_tokens` is False are
+        taken in without a word unless they end.
+
+        Raises ValueError for a plan that is not the oldest one without a result, and for tokens that do not go with it.
         """
-        self._check_result(plan, sampled)
-        self._outstanding = None
+        flight = self._check_plan(plan)
+        num_retired, num_decodes = self._num_retired, len(plan.decodes)
         updates: list[RequestUpdate] = []
-        make = RequestUpdate._make
-        any_finished = False
-        for (request, start, num_tokens, num_drafts, _, samples), tokens in zip(plan.scheduled, sampled):
-            if request.status is not _RUNNING:
-                continue
-            if num_tokens == 1 and len(tokens) == 1 and not request.prefilling:
-                # The common case, and a quick one: a decoded token that ends nothing.
-                token, all_tokens = tokens[0], request.all_token_ids
-                if token not in request.stop_ids and len(all_tokens) + 1 < request.max_total_tokens:
-                    request.output_token_ids.append(token)
-                    all_tokens.append(token)
-                    updates.append(make((request, [token], False)))
-                    request.num_computed_tokens = num_computed = start + 1
-                    if num_computed >= request.kv_next_event:
-                        self.kv.advance(request)
-                    continue
-            num_computed = start + num_tokens - num_drafts
-            if samples:
-                new_tokens = request.append_output(tokens)
-                if num_drafts:
-                    num_computed += _num_accepted(new_tokens, request.draft_token_ids, num_drafts)
-                updates.append(RequestUpdate(request, new_tokens, request.finish_reason is not None))
-            if request.draft_token_ids:
-                request.draft_token_ids = []
-            request.num_computed_tokens = num_computed
-            if request.prefilling and num_computed >= request.prefill_end:
-                request.prefilling = False
-                self._num_prefilling -= 1
-            if num_computed >= request.kv_next_event:
-                self.kv.advance(request)
-            if request.finish_reason is not None:
-                any_finished = True
-                self._end_run(request)
-                self._retire(request)
-        if any_finished:
-            self._running = [request for request in self._running if request.status is _RUNNING]
+        if isinstance(sampled, np.ndarray):
+            rest: Sequence[Sequence[int]] = self._spread(plan, sampled)
+            self._advance(flight)
+            self._take_decodes(flight, sampled[:num_decodes], updates)
+        else:
+            self._check_rows(plan, sampled)
+            rest = sampled[num_decodes:]
+            self._advance(flight)
+            for request, tokens in zip(plan.decodes, sampled):
+                self._take(request, tokens, updates)
+        for row, tokens in zip(plan.others, rest):
+            if row.samples:
+                self._take(row.request, tokens, updates, row)
+            row.request.draft_token_ids = []
+        self._flights.popleft()
+        if self._num_retired > num_retired:
+            self._running.keep_running()
         return updates
 
-    def _check_result(self, plan: StepPlan, sampled: Sequence[Sequence[int]]) -> None:
-        if plan is not self._outstanding:
-            last = "none" if self._outstanding is None else self._outstanding.step_id
-            raise ValueError(f"update() with the plan of step {plan.step_id}; the plan without a result is {last}")
-        if len(sampled) != len(plan.scheduled):
+    def _take_decodes(self, flight: _Flight, tokens: npt.NDArray[np.int64], updates: list[RequestUpdate]) -> None:
+        """One new token of every decode; those that may end something are looked at one by one."""
+        decodes, may_end = flight.plan.decodes, flight.plan.last
+        if len(self._stop_ids):
+            may_end = may_end | np.isin(tokens, self._stop_ids)
+        if self._num_retired != flight.num_retired:
+            may_end = may_end | np.array([request.status is _FINISHED for request in decodes], dtype=np.bool_)
+        values, begin = tokens.tolist(), 0
+        for index in (*np.flatnonzero(may_end).tolist(), len(decodes)):
+            between = slice(begin, index) if begin or index < len(decodes) else slice(None)
+            for request, token in zip(decodes[between], values[between]):
+                request.output_token_ids.append(token)
+                request.all_token_ids.append(token)
+                if request.reports_tokens:
+                    updates.append(RequestUpdate(request, [token], False))
+            if index < len(decodes):
+                self._take(decodes[index], [values[index]], updates)
+            begin = index + 1
+
+    def _take(
+        self,
+        request: Request,
+        tokens: Sequence[int],
+        updates: list[RequestUpdate],
+        row: ScheduledRequest | None = None,
+    ) -> None:
+        """New tokens of a request, up to the one that ends it."""
+        if request.status is _FINISHED:
+            return
+        new_tokens = request.append_output(tokens)
+        if row is not None and row.num_draft_tokens:
+            self._count_drafts(row, new_tokens)
+        elif len(tokens) > 1:
+            self._running.due[self._running.requests.index(request)] = ALWAYS  # until it has caught up
+        finished = request.finish_reason is not None
+        if finished or row is not None or request.reports_tokens:
+            updates.append(RequestUpdate(request, new_tokens, finished))
+        if finished:
+            self._retire(request)
+
+    def _count_drafts(self, row: ScheduledRequest, new_tokens: Sequence[int]) -> None:
+        """Counts what verification leaves as computed: the last known token and the accepted drafts."""
+        request, running = row.request, self._running
+        index = running.requests.index(request)
+        computed = row.start + row.num_tokens - row.num_draft_tokens
+        computed += _num_accepted(new_tokens, request.draft_token_ids, row.num_draft_tokens)
+        running.next[index] = request.num_computed_tokens = computed
+        running.due[index] = ALWAYS
+        if computed >= request.kv_next_event:
+            self.kv.advance(request)
+
+    def _check_plan(self, plan: StepPlan) -> _Flight:
+        if not self._flights or self._flights[0].plan is not plan:
+            oldest = "none" if not self._flights else self._flights[0].plan.step_id
             raise ValueError(
-                f"sampled has {len(sampled)} entries for {len(plan.scheduled)} scheduled requests; allowed: one each"
+                f"update() with the plan of step {plan.step_id}; the oldest plan without a result is {oldest}"
             )
+        return self._flights[0]
+
+    @staticmethod
+    def _spread(plan: StepPlan, tokens: npt.NDArray[np.int64]) -> list[list[int]]:
+        """The tokens of `plan.others`."""
+        num_decodes = len(plan.decodes)
+        num_sampling = num_decodes + sum(row.samples for row in plan.others)
+        if tokens.shape != (num_sampling,):
+            raise ValueError(f"tokens have shape {tokens.shape}; step {plan.step_id} samples {num_sampling} rows")
+        rest = iter(tokens[num_decodes:].tolist())
+        return [[next(rest)] if row.samples else [] for row in plan.others]
+
+    def _check_rows(self, plan: StepPlan, sampled: Sequence[Sequence[int]]) -> None:
+        if len(sampled) != plan.num_sequences:
+            raise ValueError(
+                f"sampled has {len(sampled)} entries for {plan.num_sequences} scheduled requests; allowed: one each"
+            )
+        most = 1 if len(self._flights) == 2 else None
         for row, tokens in zip(plan.scheduled, sampled):
-            if (len(tokens) == 0) is row[5] and row[0].status is _RUNNING:
+            if row.request.status is _FINISHED:
+                continue
+            if (len(tokens) == 0) is row.samples:
                 raise ValueError(
                     f"request {row.request.request_id!r} got {len(tokens)} sampled tokens in step {plan.step_id} and "
                     f"its plan says samples={row.samples}; allowed: at least one if it samples, else none"
+                )
+            if most is not None and len(tokens) > most:
+                raise ValueError(
+                    f"request {row.request.request_id!r} got {len(tokens)} sampled tokens in step {plan.step_id}, after "
+                    "the next step was planned; allowed: one"
                 )
 
     # --- inspection ---------------------------------------------------------------------------------------------
@@ -377,7 +555,7 @@ class Scheduler:
     @property
     def running(self) -> tuple[Request, ...]:
         """The running requests by arrival."""
-        return tuple(self._running)
+        return tuple(self._running.requests)
 
     @property
     def waiting(self) -> tuple[Request, ...]:
@@ -388,7 +566,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Present load and counts since the start."""
         return SchedulerStats(
-            running=len(self._running),
+            running=len(self._running) + len(self._ending),
             waiting=len(self._waiting),
             groups=tuple(
                 GroupStats(total=pool.num_blocks, used=pool.num_used, cached=pool.num_cached) for pool in self.kv.pools
@@ -404,15 +582,22 @@ class Scheduler:
         self.kv.check_integrity()
         arrivals = [request.arrival for request in (*self._running, *self._waiting.values())]
         assert arrivals == sorted(set(arrivals)), f"not in order of arrival, running before waiting: {arrivals}"
-        live = {id(request) for request in (*self._running, *self._waiting.values())}
+        live = {id(request) for request in (*self._running, *self._ending.values(), *self._waiting.values())}
         assert live == {id(request) for request in self._requests.values()}, "a live request is in no queue"
         assert len(self._running) <= self.config.max_sequences, f"{len(self._running)} requests are running"
         assert {id(request) for request in self._running} == {id(r) for r in self.kv.admitted_requests}, "tables"
-        for request in self._running:
+        on_top = len(self._flights) == 2 or (len(self._flights) == 1 and self._flights[0].advanced)
+        assert on_top or not self._ending, "a request waits for a token that is not in flight"
+        for index, request in enumerate(self._running):
             name = f"request {request.request_id!r}"
             assert request.status is _RUNNING, f"{name} is in the running list with status {request.status}"
             assert request.prefilling == (request.num_computed_tokens < request.prefill_end), f"{name}: prefilling"
-            assert request.num_computed_tokens < request.num_tokens < request.max_total_tokens, f"{name}: lengths"
+            assert request.prefilling != self._running.decoding[index], f"{name}: decoding"
+            assert request.num_computed_tokens == self._running.next[index], f"{name}: next"
+            assert request.num_computed_tokens < request.num_tokens + on_top, f"{name}: computed"
+            assert request.num_tokens < request.max_total_tokens == self._running.limit[index], f"{name}: lengths"
+        for request in self._ending.values():
+            assert request.status is RequestStatus.ENDING and not any(request.block_ids), f"{request.request_id!r} ends"
         for request in self._waiting.values():
             assert request.status is RequestStatus.WAITING, f"{request.request_id!r} waits as {request.status}"
             assert request.num_computed_tokens == 0 and not any(request.block_ids), f"{request.request_id!r} waits"

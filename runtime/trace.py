@@ -3,9 +3,12 @@
     {"event": "config", "version": 1, "config": {...}}
     {"event": "add", "request": {"request_id": "a", "prompt_token_ids": [...], "params": {...}, ...}}
     {"event": "plan", "drafts": {"a": [5, 6]}, "plan": {"step_id": 0, "rows": [["a", 0, 5, 0, 1, true]],
-     "preempted": [], "blocks_used": [2]}}
+     "preempted": [], "left": [], "blocks_used": [2]}}
     {"event": "update", "sampled": [[17]]}
     {"event": "finish", "request_id": "a", "reason": "abort", "stop_reason": null}
+
+A plan may come before the update of the plan before it; an update goes with the oldest plan that has none. A plan of null
+says that nothing could be planned on top of the step in flight.
 
 The scheduler is deterministic, so the same requests and sampled tokens give the same plans: a trace from production
 reproduces a scheduling bug on any machine. A trace holds the prompts and outputs in full: treat it like them.
@@ -15,17 +18,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 from .kv_cache import CacheGroup
 from .plan import RequestUpdate, SchedulerConfig, SchedulerStats, StepPlan
 from .request import FinishReason, Request
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler
+from .scheduler import Scheduler, Tokens
 
-TRACE_VERSION = 1
+TRACE_VERSION = 2
 """Version of the format; a replay refuses others."""
 
 
@@ -73,17 +79,22 @@ class TracedScheduler(Scheduler):
         return was_live
 
     def schedule(self) -> StepPlan | None:
-        """As Scheduler.schedule; records the drafts it saw and the plan. No work leaves no record."""
+        """As Scheduler.schedule; records the drafts it saw and the plan. No work at all leaves no record."""
         drafts = {request.request_id: request.draft_token_ids for request in self.running if request.draft_token_ids}
         drafts = {request_id: list(tokens) for request_id, tokens in drafts.items()}
+        had_work = self.has_work
         plan = super().schedule()
-        if plan is not None:
-            self._write({"event": "plan", "drafts": drafts, "plan": _plan_record(self, plan)})
+        if had_work:
+            record = None if plan is None else _plan_record(self, plan)
+            self._write({"event": "plan", "drafts": drafts, "plan": record})
         return plan
 
-    def update(self, plan: StepPlan, sampled: Sequence[Sequence[int]]) -> list[RequestUpdate]:
+    def update(self, plan: StepPlan, sampled: Tokens) -> list[RequestUpdate]:
         """As Scheduler.update; records the sampled tokens."""
         updates = super().update(plan, sampled)
+        if isinstance(sampled, np.ndarray):
+            tokens = iter(sampled.tolist())
+            sampled = [[next(tokens)] if row.samples else [] for row in plan.scheduled]
         self._write({"event": "update", "sampled": [[int(token) for token in tokens] for tokens in sampled]})
         return updates
 
@@ -97,7 +108,7 @@ def replay(lines: Iterable[str], *, check_integrity: bool = True) -> ReplayResul
     """
     scheduler: Scheduler | None = None
     requests: dict[str, Request] = {}
-    plan: StepPlan | None = None
+    plans: deque[StepPlan] = deque()
     for number, line in enumerate(lines, start=1):
         event = json.loads(line)
         kind = event.get("event")
@@ -116,10 +127,15 @@ def replay(lines: Iterable[str], *, check_integrity: bool = True) -> ReplayResul
                 requests[request_id].draft_token_ids = list(drafts)
             plan = scheduler.schedule()
             replayed = None if plan is None else _plan_record(scheduler, plan)
+            if plan is not None:
+                plans.append(plan)
+            if event["plan"] is None or replayed is None:
+                _compare(number, "plan", event["plan"], replayed)
+                continue
             for name, recorded in event["plan"].items():
-                _compare(number, name, recorded, None if replayed is None else replayed[name])
-        elif kind == "update" and plan is not None:
-            scheduler.update(plan, event["sampled"])
+                _compare(number, name, recorded, replayed[name])
+        elif kind == "update" and plans:
+            scheduler.update(plans.popleft(), event["sampled"])
         else:
             raise ValueError(f"trace line {number} is a {kind!r} event; allowed: add, finish, plan, update after plan")
         if check_integrity:
@@ -148,6 +164,7 @@ def _plan_record(scheduler: Scheduler, plan: StepPlan) -> dict[str, Any]:
         "rows": rows,
         "num_tokens": plan.num_tokens,
         "preempted": list(plan.preempted),
+        "left": list(plan.left),
         "blocks_used": [pool.num_used for pool in scheduler.kv.pools],
     }
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-COLOURS = ("#1565c0", "#ef6c00", "#2e7d32", "#c2185b", "#5e35b1", "#00796b", "#c0a000", "#6d4c41", "#546e7a")
+COLOURS = ("#1565c0", "#ef6c00", "#2e7d32", "#c2185b", "#5e35b1", "#00796b", "#b0bec5", "#78909c", "#c0a000")
 """Of series and parts, in this order, again from the first after the last."""
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 34, 46

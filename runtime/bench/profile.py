@@ -38,15 +38,15 @@ _PATTERNS = tuple(
         ("sampling", r"^triton_\w*(argmax|topk|sort|gumbel|softmax|rand)"),
         ("norm and pointwise", r"^triton_(poi|per|red|for)_"),
         ("attention", r"paged|attention|attend|attn|flash|fmha|rope_\w*(write|store|kv)"),
-        ("attention", r"^_(decode|mixed|reduce|merge|write|prefill|extend)\w*kernel"),
+        ("attention", r"^_?(decode|prefill|mixed|join|reduce|write|rope_write|tiles)_kernel"),
         ("sampling", r"argmax|multinomial|top_?k|sort|gumbel|sampl|softmax|scan|cumsum|exponential|distribution"),
         (
             "gemm",
             r"gemm|gemv|cutlass|cublas|nvjet|matmul|wgmma|xmma|split_?k|skinny|scaled_(mm|linear)|::(add|b|baddb)?mm\b",
         ),
-        ("gemm", r"::linear|_(mm|dot|linear)_kernel"),
+        ("gemm", r"::linear|^_?(rows|tile|tiled)_kernel"),
         ("copies", rf"memcpy|memset|catarray|_copy_|direct_copy|fillfunctor|::({_ATEN_COPIES})\b"),
-        ("norm and pointwise", r"norm|elementwise|vectorized|pointwise|reduce|silu|swiglu|rope|rotary|quantize"),
+        ("norm and pointwise", r"norm|elementwise|vectorized|pointwise|reduce|silu|glu|rope|rotary|quantize"),
         ("norm and pointwise", rf"::({_ATEN_POINTWISE})_?\b"),
         ("copies", r"gather|scatter|index"),
     )

@@ -8,7 +8,8 @@ import sys
 import pytest
 from camshaft.runtime import LLM
 from camshaft.runtime.bench.document import compare_documents, make_document, read_document, result_entry, unlike
-from camshaft.runtime.bench.measure import RecordingEngine, repeat_runs, run_latency, run_throughput
+from camshaft.runtime.bench.measure import repeat_runs, run_latency, run_throughput
+from camshaft.runtime.bench.recording import RecordingEngine
 from camshaft.runtime.bench.statistics import distribution, percentile, summarize
 from camshaft.runtime.bench.workload import BenchRequest, Workload, make_requests, parse_range
 
@@ -115,6 +116,37 @@ def _document(values):
     return make_document(model={"name": "m"}, workload=SMALL, results=results, command=["camshaft", "bench"])
 
 
+def test_a_source_tree_without_git_tells_version_and_commit(monkeypatch, tmp_path):
+    from camshaft.runtime.bench import environment
+
+    import camshaft
+
+    def missing(name):
+        raise environment.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment, "version", missing)
+    assert environment.package_versions() == {
+        name: camshaft.__version__ if name == "camshaft" else None for name in environment.PACKAGES
+    }
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "runtime" / "bench" / "environment.py"))
+    monkeypatch.delenv("CAMSHAFT_COMMIT", raising=False)
+    assert environment.git_commit() is None
+    monkeypatch.setenv("CAMSHAFT_COMMIT", "abc123")
+    assert environment.git_commit() == {"commit": "abc123", "dirty": None}
+
+
+def test_a_recording_engine_has_limits_of_its_own():
+    engine = RecordingEngine(FakeEngine(), max_sequences=2, max_batch_tokens=16)
+    with LLM(engine, kv_cache_bytes=16 * 4 * 200) as llm:
+        metrics = run_throughput(llm, engine, make_requests(SMALL, 0, vocab_size=101))
+    assert max(step.num_sequences for step in engine.steps) == 2
+    assert max(step.num_tokens for step in engine.steps) <= 16
+    assert metrics["output_tokens"] == sum(n for _, n in SMALL.lengths())
+    assert {"prepare", "bind_cache", "capture"} <= set(engine.seconds)
+    with pytest.raises(ValueError, match="max_sequences is 9; allowed: 1 to 8"):
+        RecordingEngine(FakeEngine(), max_sequences=9)
+
+
 def test_documents_say_where_and_how():
     document = json.loads(json.dumps(_document([1.0, 3.0, 2.0])))
     assert document["command"] == "camshaft bench"
@@ -154,7 +186,8 @@ def test_other_files_are_refused(tmp_path):
 
 def test_workloads_and_documents_need_no_torch():
     code = (
-        "import sys, camshaft.runtime.bench.workload, camshaft.runtime.bench.document, camshaft.runtime.bench.measure\n"
+        "import sys\n"
+        "from camshaft.runtime.bench import cases, document, load, measure, profile, report, roofline, session, workload\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

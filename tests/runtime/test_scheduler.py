@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from camshaft.runtime.kv_cache import CacheGroup
 from camshaft.runtime.request import NULL_BLOCK, FinishReason, Request, RequestStatus
@@ -462,14 +463,14 @@ def test_a_draft_that_was_not_sampled_is_not_counted_as_computed() -> None:
 
 
 def test_drafts_use_only_spare_budget() -> None:
-    """budget 6: three decodes keep a token each, a's five drafts get the other three"""
+    """budget 6: three decodes keep a token each, a's five drafts get the other three; single tokens come first"""
     scheduler = make(max_batch_tokens=6, max_sequences=3)
     a = add(scheduler, "a", 2)
     add(scheduler, "b", 2)
     add(scheduler, "c", 2)
     step(scheduler)
     a.draft_token_ids = [1, 2, 3, 4, 5]
-    assert step(scheduler)[0] == [("a", 2, 4), ("b", 2, 1), ("c", 2, 1)]
+    assert step(scheduler)[0] == [("b", 2, 1), ("c", 2, 1), ("a", 2, 4)]
 
 
 def test_drafts_that_lack_blocks_are_dropped_and_nobody_is_preempted() -> None:
@@ -484,7 +485,7 @@ def test_drafts_that_lack_blocks_are_dropped_and_nobody_is_preempted() -> None:
     a.draft_token_ids = [1, 2, 3]
     plan = scheduler.schedule()
     assert plan is not None
-    assert plan.scheduled == ((a, 5, 3, 2, 3, True), (b, 2, 1, 0, 1, True))
+    assert plan.scheduled == ((b, 2, 1, 0, 1, True), (a, 5, 3, 2, 3, True))
     assert plan.preempted == ()
 
 
@@ -631,20 +632,136 @@ def test_bad_configs_are_refused(fields: dict[str, Any], message: str) -> None:
         make(**fields)
 
 
-def test_schedule_and_update_alternate() -> None:
+def test_schedule_is_at_most_one_step_ahead_of_update() -> None:
     scheduler = make()
     add(scheduler, "a", 4)
     plan = scheduler.schedule()
     assert plan is not None
-    with pytest.raises(RuntimeError, match="step 0 has no update"):
-        scheduler.schedule()
     with pytest.raises(ValueError, match="sampled has 2 entries for 1"):
         scheduler.update(plan, [[1], [2]])
     with pytest.raises(ValueError, match="'a' got 0 sampled tokens in step 0 and its plan says samples=True"):
         scheduler.update(plan, [[]])
+    ahead = scheduler.schedule()
+    assert ahead is not None
+    with pytest.raises(RuntimeError, match="steps 0 and 1 have no update"):
+        scheduler.schedule()
+    with pytest.raises(ValueError, match="step 1; the oldest plan without a result is 0"):
+        scheduler.update(ahead, [[1]])
+    with pytest.raises(ValueError, match="'a' got 2 sampled tokens in step 0, after the next step was planned"):
+        scheduler.update(plan, [[1, 2]])
+    with pytest.raises(ValueError, match=r"tokens have shape \(2,\); step 0 samples 1 rows"):
+        scheduler.update(plan, np.array([1, 2]))
     scheduler.update(plan, [[1]])
-    with pytest.raises(ValueError, match="the plan without a result is none"):
+    with pytest.raises(ValueError, match="the oldest plan without a result is 1"):
         scheduler.update(plan, [[1]])
+    scheduler.update(ahead, [[2]])
+    with pytest.raises(ValueError, match="the oldest plan without a result is none"):
+        scheduler.update(plan, [[1]])
+
+
+def test_nothing_is_planned_on_top_of_drafts() -> None:
+    scheduler = make()
+    a = ready(scheduler)
+    a.draft_token_ids = [1]
+    assert scheduler.schedule() is not None
+    with pytest.raises(RuntimeError, match="step 1 verifies drafts"):
+        scheduler.schedule()
+
+
+def test_a_step_ahead_counts_the_token_in_flight() -> None:
+    """
+    block size 4: a's prompt fills block 0; its first token, still unknown, goes to position 4, in block 1. b comes and
+    shares block 0, which the step in flight fills.
+    """
+    scheduler = make()
+    a = add(scheduler, "a", 4)
+    first = scheduler.schedule()
+    b = add(scheduler, "b", 8, prompt=[*a.prompt_token_ids, 1, 2, 3, 4])
+    second = scheduler.schedule()
+    assert first is not None and second is not None
+    assert second.scheduled == ((a, 4, 1, 0, 1, True), (b, 4, 4, 0, 1, True))
+    assert (a.block_ids, b.block_ids) == ([[0, 1]], [[0, 2]])
+    assert a.num_computed_tokens == a.num_tokens == 4
+    assert [update.request for update in scheduler.update(first, np.array([7]))] == [a]
+    third = scheduler.schedule()
+    assert third is not None and third.decodes == (a, b) and third.starts.tolist() == [5, 8]
+    scheduler.update(second, np.array([8, 9]))
+    scheduler.check_integrity()
+    assert (a.output_token_ids, b.output_token_ids) == ([7, 8], [9])
+
+
+def test_a_last_token_in_flight_frees_blocks_and_place() -> None:
+    """max_sequences 1: b starts in the step after the one that brings a's last token, before that token is known"""
+    scheduler = make(max_sequences=1)
+    a = add(scheduler, "a", 4, max_tokens=1)
+    b = add(scheduler, "b", 3, max_tokens=2)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert first is not None and second is not None
+    assert second.scheduled == ((b, 0, 3, 0, 1, True),) and second.left == ("a",)
+    assert a.status is RequestStatus.ENDING and not a.block_ids[0]
+    scheduler.check_integrity()
+    assert scheduler.stats.running == 2
+    updates = scheduler.update(first, np.array([5]))
+    assert updates == [(a, [5], True)] and a.finish_reason is FinishReason.LENGTH
+    third = scheduler.schedule()
+    assert third is not None
+    assert scheduler.update(second, np.array([6])) == [(b, [6], False)]
+    assert scheduler.schedule() is None, "b's last token is in flight"
+    assert scheduler.update(third, np.array([7])) == [(b, [7], True)]
+    assert not scheduler.has_work
+
+
+def test_an_ending_request_may_be_aborted() -> None:
+    scheduler = make()
+    a = add(scheduler, "a", 4, max_tokens=1)
+    first = scheduler.schedule()
+    assert first is not None and scheduler.schedule() is None
+    assert scheduler.abort("a")
+    assert scheduler.update(first, np.array([5])) == [] and a.output_token_ids == []
+    scheduler.check_integrity()
+
+
+def test_an_end_that_was_not_foreseen_drops_the_step_ahead() -> None:
+    scheduler = make()
+    a, b = add(scheduler, "a", 2), add(scheduler, "b", 2)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert first is not None and second is not None and second.decodes == (a, b)
+    assert [u.finished for u in scheduler.update(first, np.array([EOS, 4]))] == [True, False]
+    assert not any(a.block_ids), "steps run in order: whoever writes these blocks next comes later"
+    third = scheduler.schedule()
+    assert third is not None and third.decodes == (b,)
+    assert scheduler.update(second, np.array([1, 2])) == [(b, [2], False)]
+    assert (a.output_token_ids, a.finish_reason) == ([EOS], FinishReason.STOP)
+    scheduler.check_integrity()
+
+
+def test_a_preempted_request_keeps_the_token_in_flight() -> None:
+    """2 blocks of 4: a and b fill theirs; a's next token takes b's, whose own is still on its way"""
+    scheduler = make(num_blocks=2, policy="max_utilization", enable_prefix_cache=False)
+    a, b = add(scheduler, "a", 4, max_tokens=4), add(scheduler, "b", 4, max_tokens=4)
+    first = scheduler.schedule()
+    second = scheduler.schedule()
+    assert first is not None and second is not None
+    assert second.preempted == ("b",) and second.decodes == (a,)
+    assert b.status is RequestStatus.WAITING
+    scheduler.update(first, np.array([5, 6]))
+    assert (a.output_token_ids, b.output_token_ids) == ([5], [6])
+    scheduler.check_integrity()
+
+
+def test_reports_can_be_left_out() -> None:
+    scheduler = make()
+    a, b = add(scheduler, "a", 2, max_tokens=3), add(scheduler, "b", 2)
+    b.reports_tokens = a.reports_tokens = False
+    plan = scheduler.schedule()
+    assert plan is not None and len(scheduler.update(plan, np.array([1, 1]))) == 2, "the first tokens"
+    plan = scheduler.schedule()
+    assert plan is not None and scheduler.update(plan, np.array([2, 2])) == []
+    plan = scheduler.schedule()
+    assert plan is not None and scheduler.update(plan, np.array([3, 3])) == [(a, [3], True)]
+    assert b.output_token_ids == [1, 2, 3]
 
 
 def test_tokens_for_a_row_that_does_not_sample_are_refused() -> None:
@@ -670,9 +787,9 @@ def test_check_integrity_sees_damage(damage: str) -> None:
         add(scheduler, name, 3)
     step(scheduler)
     if damage == "order":
-        scheduler._running.reverse()
+        scheduler._running.requests.reverse()
     elif damage == "status":
-        scheduler._running[0].status = RequestStatus.WAITING
+        scheduler._running.requests[0].status = RequestStatus.WAITING
     elif damage == "count":
         scheduler._num_prefilling = 1
     else:
@@ -688,7 +805,17 @@ def test_the_scheduler_needs_no_torch() -> None:
     import camshaft.runtime.scheduler as module
 
     folder = Path(module.__file__).parent
-    names = ("sampling_params", "request", "block_pool", "kv_cache", "policies", "plan", "scheduler", "trace")
+    names = (
+        "sampling_params",
+        "request",
+        "block_pool",
+        "kv_cache",
+        "policies",
+        "plan",
+        "running",
+        "scheduler",
+        "trace",
+    )
     for name in names:
         tree = ast.parse((folder / f"{name}.py").read_text())
         for node in ast.walk(tree):

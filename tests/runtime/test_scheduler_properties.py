@@ -3,7 +3,8 @@
 `FakeModel` stands for engine and sampler. It keeps, per group and slot, which prefix was written there; each step
 asserts that every position a row attends to holds the request's own prefix, so a block shared, freed or reused
 wrongly is seen at once. Its tokens depend on the whole prefix alone, so each output must equal the one a lone request
-would get, whatever the policy, the chunks, the preemptions, the prefix hits and the drafts were.
+would get, whatever the policy, the chunks, the preemptions, the prefix hits and the drafts were, and whether steps were
+planned and launched one ahead of their results.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from camshaft.runtime.kv_cache import CacheGroup
 from camshaft.runtime.request import NULL_BLOCK, FinishReason, Request, RequestStatus
@@ -31,10 +33,10 @@ def next_token(tokens: Sequence[int]) -> int:
     return hash(tuple(tokens)) % 1009 % NUM_TOKENS
 
 
-def identities(request: Request, num_tokens: int) -> list[int]:
+def identities(request: Request, tokens: Sequence[int]) -> list[int]:
     """Per position, a number for the prefix that ends there (and for what else changes keys and values)."""
     result, last = [], hash((request.lora_id is None, request.cache_salt or "none"))
-    for token in request.all_token_ids[:num_tokens]:
+    for token in tokens:
         last = hash((last, token))
         result.append(last)
     return result
@@ -53,26 +55,35 @@ def lone_output(request: Request) -> list[int]:
 
 
 class FakeModel:
-    """Slots of every group, and the steps that write and read them."""
+    """Slots of every group, and the steps that write and read them, in the order of their launch.
+
+    Tokens that the host does not know yet are taken from the step before, as on a device.
+    """
 
     def __init__(self, groups: Sequence[CacheGroup]) -> None:
         self.groups = groups
         self.slots: list[dict[int, int]] = [{} for _ in groups]
+        self.last: dict[str, int] = {}
 
-    def run(self, plan: StepPlan, extra: int) -> list[list[int]]:
-        """Write and check all rows, then sample; rows without drafts yield up to `extra` tokens more."""
-        for row in plan.scheduled:
-            self._write(row)
-        for row in plan.scheduled:
-            self._attend(row)
-        return [self._sample(row, extra) for row in plan.scheduled]
+    def launch(self, plan: StepPlan) -> list[list[int]]:
+        """Write and check all rows, then sample."""
+        tokens = [self._tokens(row) for row in plan.scheduled]
+        for row, known in zip(plan.scheduled, tokens):
+            self._write(row, identities(row.request, known))
+        for row, known in zip(plan.scheduled, tokens):
+            self._attend(row, identities(row.request, known))
+        sampled = [self._sample(row, known) for row, known in zip(plan.scheduled, tokens)]
+        self.last = {row.request.request_id: found[-1] for row, found in zip(plan.scheduled, sampled) if found}
+        return sampled
 
-    def _fed(self, row: ScheduledRequest) -> list[int]:
-        """Identity per position up to the row's end, its drafts included."""
+    def _tokens(self, row: ScheduledRequest) -> list[int]:
+        """The tokens up to the row's end, one in flight and drafts included."""
         request = row.request
-        known = identities(request, row.start + row.num_tokens - row.num_draft_tokens)
-        for draft in request.draft_token_ids[: row.num_draft_tokens]:
-            known.append(hash((known[-1], draft)))
+        num_tokens = row.start + row.num_tokens - row.num_draft_tokens
+        known = request.all_token_ids[:num_tokens]
+        if len(known) < num_tokens:
+            known.append(self.last[request.request_id])
+        known += request.draft_token_ids[: row.num_draft_tokens]
         assert len(known) == row.start + row.num_tokens
         return known
 
@@ -82,33 +93,39 @@ class FakeModel:
         assert block != NULL_BLOCK, f"position {position} of {request.request_id} lies behind the window"
         return block * block_size + position % block_size
 
-    def _write(self, row: ScheduledRequest) -> None:
-        known = self._fed(row)
+    def _write(self, row: ScheduledRequest, known: list[int]) -> None:
         for group in range(len(self.groups)):
             for position in range(row.start, row.start + row.num_tokens):
                 self.slots[group][self._slot(group, row.request, position)] = known[position]
 
-    def _attend(self, row: ScheduledRequest) -> None:
-        known = self._fed(row)
+    def _attend(self, row: ScheduledRequest, known: list[int]) -> None:
         for index, group in enumerate(self.groups):
             first = max(0, row.start - group.window + 1) if group.window else 0
             for position in range(first, row.start + row.num_tokens):
                 held = self.slots[index].get(self._slot(index, row.request, position))
                 assert held == known[position], f"{row.request.request_id}, group {index}, position {position}"
 
-    def _sample(self, row: ScheduledRequest, extra: int) -> list[int]:
+    def _sample(self, row: ScheduledRequest, known: list[int]) -> list[int]:
         if not row.samples:
             return []
-        tokens = list(row.request.all_token_ids)
-        drafts = row.request.draft_token_ids[: row.num_draft_tokens]
+        tokens = known[: len(known) - row.num_draft_tokens]
         result = [next_token(tokens)]
-        for draft in drafts:
+        for draft in known[len(tokens) :]:
             if draft != result[-1]:
                 return result
             result.append(next_token([*tokens, *result]))
-        for _ in range(0 if drafts else extra):
-            result.append(next_token([*tokens, *result]))
         return result
+
+
+def prolonged(plan: StepPlan, sampled: list[list[int]], extra: int) -> list[list[int]]:
+    """The result of a step whose rows without drafts yield `extra` tokens more."""
+    result = []
+    for row, tokens in zip(plan.scheduled, sampled):
+        longer = list(tokens)
+        for _ in range(extra if tokens and not row.num_draft_tokens else 0):
+            longer.append(next_token([*row.request.all_token_ids, *longer]))
+        result.append(longer)
+    return result
 
 
 group_sizes = st.sampled_from([1, 2, 3, 4])
@@ -147,7 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = TracedScheduler(config, self.stream)
         self.model = FakeModel(config.groups)
         self.requests: list[Request] = []
-        self.plan: StepPlan | None = None
+        self.flights: list[tuple[StepPlan, list[list[int]]]] = []
         self.num_before_batch = 0
 
     @rule(
@@ -191,36 +208,60 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             self.requests.append(request)
 
-    @precondition(lambda self: self.plan is None)
+    def may_schedule(self) -> bool:
+        """Whether at most one step is in flight, and none with drafts."""
+        return len(self.flights) < 2 and not any(plan.has_drafts for plan, _ in self.flights)
+
+    @precondition(may_schedule)
     @rule(drafts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=4))
     def schedule(self, drafts: list[tuple[int, int]]) -> None:
-        """Plan a step, with right and then wrong drafts for the first running requests."""
-        for request, (right, wrong) in zip(self.scheduler.running, drafts):
+        """Plan a step, with right and then wrong drafts for the first running requests, and launch it."""
+        for request, (right, wrong) in zip(self.scheduler.running, drafts if not self.flights else ()):
             tokens = list(request.all_token_ids)
             for _ in range(right):
                 tokens.append(next_token(tokens))
             request.draft_token_ids = tokens[request.num_tokens :] + [NUM_TOKENS] * wrong
         had_work = self.scheduler.has_work
+        ahead = bool(self.flights)
         before = {request.request_id: request for request in self.scheduler.running}
         decoding = {name for name, request in before.items() if not request.prefilling}
-        if not before:
+        left = {name for name, r in before.items() if r.request_id in self.in_flight() and self.ends_by_length(r)}
+        if not set(before) - left:
             self.num_before_batch = len(self.requests)
-        self.plan = self.scheduler.schedule()
-        assert (self.plan is not None) == had_work
-        if self.plan is not None:
-            self.check_plan(self.plan, before, decoding)
+        plan = self.scheduler.schedule()
+        assert had_work if plan is not None else not had_work or ahead
+        if plan is not None:
+            self.check_plan(plan, before, decoding - left, ahead)
+            self.flights.append((plan, self.model.launch(plan)))
 
-    @precondition(lambda self: self.plan is None)
-    @rule(drafts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=4), count=st.integers(1, 8))
-    def steps(self, drafts: list[tuple[int, int]], count: int) -> None:
+    def in_flight(self) -> set[str]:
+        """Ids of the requests that the newest step in flight samples."""
+        return (
+            {row.request.request_id for row in self.flights[-1][0].scheduled if row.samples} if self.flights else set()
+        )
+
+    def ends_by_length(self, request: Request) -> bool:
+        """Whether the next token is the last by length."""
+        return request.num_tokens + 1 >= request.max_total_tokens
+
+    @precondition(lambda self: len(self.flights) < 2)
+    @rule(
+        drafts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), max_size=4),
+        count=st.integers(1, 8),
+        ahead=st.booleans(),
+    )
+    def steps(self, drafts: list[tuple[int, int]], count: int, ahead: bool) -> None:
         """Several steps in a row, so that requests grow old enough to run out of blocks."""
         for _ in range(count):
-            self.schedule(drafts)
-            if self.plan is not None:
+            if self.may_schedule():
+                self.schedule([] if ahead else drafts)
+            if self.flights and not (
+                ahead and len(self.flights) == 1 and self.may_schedule() and self.scheduler.running
+            ):
                 self.update(0)
             self.agrees()
 
-    def check_plan(self, plan: StepPlan, before: dict[str, Request], decoding: set[str]) -> None:
+    def check_plan(self, plan: StepPlan, before: dict[str, Request], decoding: set[str], ahead: bool) -> None:
         config = self.config
         assert plan.num_tokens == sum(row.num_tokens for row in plan.scheduled) <= config.max_batch_tokens
         ids = [row.request.request_id for row in plan.scheduled]
@@ -232,16 +273,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         for row in plan.scheduled:
             if row.request.request_id not in before:
                 self.check_start(row.request)
+        single = [row.num_tokens == 1 and not row.request.prefilling for row in plan.scheduled]
+        assert single == sorted(single, reverse=True), "single tokens come first"
         for row in plan.scheduled:
             assert row.start == row.request.num_computed_tokens
             assert 0 <= row.num_draft_tokens < row.num_tokens <= config.chunk_limit
             end = row.start + row.num_tokens - row.num_draft_tokens
-            assert row.samples == (end == row.request.num_tokens)
+            pending = ahead and not row.request.prefilling and row.request.request_id in self.in_flight()
+            assert row.samples == (end == row.request.num_tokens + pending)
             assert row.num_draft_tokens == 0 or row.samples
-            wanted = row.num_tokens if row.request.needs_prompt_logits else row.samples * (1 + row.num_draft_tokens)
+            wanted = (
+                row.num_tokens
+                if row.request.needs_prompt_logits and not pending
+                else row.samples * (1 + row.num_draft_tokens)
+            )
             assert row.num_logit_rows == wanted
             assert row.start + row.num_tokens < row.request.max_total_tokens
-            if row.request.needs_prompt_logits:
+            if row.request.needs_prompt_logits and not pending:
                 assert row.request.num_cached_tokens == 0
 
     def check_start(self, request: Request) -> None:
@@ -252,15 +300,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sibling.num_computed_tokens >= sibling.num_prompt_tokens, "started before its sibling's prompt"
         assert all(request.arrival < other.arrival for other in self.scheduler.waiting), "overtook the queue"
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.flights)
     @rule(extra=st.sampled_from([0, 0, 0, 2]))
     def update(self, extra: int) -> None:
-        plan, self.plan = self.plan, None
-        assert plan is not None
-        live = [row for row in plan.scheduled if row.request.status is RequestStatus.RUNNING]
-        # Blocks of requests ended since schedule() are free already; their rows are not looked at any more.
-        sampled = dict(zip(map(id, live), self.model.run(StepPlan(plan.step_id, tuple(live), 0), extra)))
-        updates = self.scheduler.update(plan, [sampled.get(id(row), []) for row in plan.scheduled])
+        plan, sampled = self.flights.pop(0)
+        live = [row for row in plan.scheduled if row.request.status is not RequestStatus.FINISHED]
+        if plan.has_drafts or (extra and not self.flights):
+            updates = self.scheduler.update(plan, prolonged(plan, sampled, 0 if self.flights else extra))
+        else:
+            updates = self.scheduler.update(plan, np.array([t for row in sampled for t in row], dtype=np.int64))
         assert [u.request for u in updates] == [row.request for row in live if row.samples]
         for update in updates:
             self.check_update(update)
@@ -283,6 +331,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         was_finished = request.is_finished
         assert self.scheduler.finish(request.request_id, reason) == (not was_finished)
         assert request.is_finished and not any(request.block_ids)
+        # (its rows in flight are not looked at any more)
 
     @invariant()
     def agrees(self) -> None:
@@ -299,9 +348,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(2000):
-            if self.plan is None:
+            if self.may_schedule():
                 self.schedule([])
-            if self.plan is None:
+            if not self.flights:
                 break
             self.update(0)
             self.agrees()
@@ -318,8 +367,9 @@ TestScheduler.settings = settings(
 )
 
 
+@pytest.mark.parametrize("ahead", [0, 1], ids=["in turns", "one ahead"])
 @pytest.mark.parametrize("policy", ["max_utilization", "guaranteed_no_evict", "static_batch"])
-def test_a_crowd_in_tiny_pools_gets_its_lone_outputs(policy: str) -> None:
+def test_a_crowd_in_tiny_pools_gets_its_lone_outputs(policy: str, ahead: int) -> None:
     """Forty requests of shared prefixes over pools that hold about three of them."""
     groups = (CacheGroup(num_blocks=12, block_size=4), CacheGroup(num_blocks=12, block_size=2, window=6))
     config = SchedulerConfig(
@@ -337,10 +387,18 @@ def test_a_crowd_in_tiny_pools_gets_its_lone_outputs(policy: str) -> None:
         params = SamplingParams(max_tokens=4 + number % 20, ignore_eos=True)
         requests.append(Request(f"r{number}", prompt, params, frozenset({EOS})))
         scheduler.add_request(requests[-1])
-    while (plan := scheduler.schedule()) is not None:
-        assert plan.num_tokens == sum(row.num_tokens for row in plan.scheduled) <= 12
-        scheduler.update(plan, model.run(plan, 0))
-        scheduler.check_integrity()
+    flights: list[tuple[StepPlan, list[list[int]]]] = []
+    while True:
+        plan = scheduler.schedule()
+        if plan is not None:
+            assert plan.num_tokens == sum(row.num_tokens for row in plan.scheduled) <= 12
+            flights.append((plan, model.launch(plan)))
+            scheduler.check_integrity()
+        if not flights:
+            break
+        if len(flights) > ahead or plan is None:
+            scheduler.update(*flights.pop(0))
+            scheduler.check_integrity()
     assert [request.output_token_ids for request in requests] == [lone_output(request) for request in requests]
     stats = scheduler.stats
     assert [group.used for group in stats.groups] == [0, 0]
