@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from .softmax import attend_keys, exponent_scale, saturate, shape_scores, LOG2E
+from .softmax import LOG2E, attend_keys, exponent_scale, saturate, shape_scores
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "table_row"])
@@ -107,9 +107,7 @@ def decode_kernel(
     total = tl.sum(totals, 1)
     num_active = tl.cdiv(length - begin, span)
     to = out + row * (H * DV) + head[:, None] * DV + offs_dv[None, :]
-    if SPLITS == 1:
-        tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=wide)
-    elif num_active == 1:
+    if SPLITS == 1 or num_active == 1:
         tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), mask=wide)
     else:
         pair = seq.to(tl.int64) * KV + kv
@@ -121,7 +119,9 @@ def decode_kernel(
             tl.debug_barrier()  # the stores of all threads come before the arrival is counted
             if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == num_active - 1:
                 tl.store(arrived + pair, 0)
-                _join(part_acc, part_top, part_total, out, pair, row, num_active, KV, GROUP, DV, BLOCK_G, BLOCK_DV, SPLITS)
+                _join(
+                    part_acc, part_top, part_total, out, pair, row, num_active, KV, GROUP, DV, BLOCK_G, BLOCK_DV, SPLITS
+                )
 
 
 @triton.jit
@@ -183,5 +183,17 @@ def join_kernel(
         return
     pair = seq.to(tl.int64) * KV + kv
     _join(
-        part_acc, part_top, part_total, out, pair, row.to(tl.int64), num_active, KV, GROUP, DV, BLOCK_G, BLOCK_DV, SPLITS
+        part_acc,
+        part_top,
+        part_total,
+        out,
+        pair,
+        row.to(tl.int64),
+        num_active,
+        KV,
+        GROUP,
+        DV,
+        BLOCK_G,
+        BLOCK_DV,
+        SPLITS,
     )

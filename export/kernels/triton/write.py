@@ -24,13 +24,19 @@ def write_kernel(
             keep = index < KV * D
             head, d = index // D, index % D
             key = tl.load(k + row * k_token + head * k_head + d, mask=keep)
-            tl.store(k_cache + block * kc_block + offset * kc_offset + head * kc_head + d, saturate(key, k_cache), mask=keep)
+            tl.store(
+                k_cache + block * kc_block + offset * kc_offset + head * kc_head + d, saturate(key, k_cache), mask=keep
+            )
         for start in tl.static_range(0, KV * DV, BLOCK):
             index = start + tl.arange(0, BLOCK)
             keep = index < KV * DV
             head, d = index // DV, index % DV
             value = tl.load(v + row * v_token + head * v_head + d, mask=keep)
-            tl.store(v_cache + block * vc_block + offset * vc_offset + head * vc_head + d, saturate(value, v_cache), mask=keep)
+            tl.store(
+                v_cache + block * vc_block + offset * vc_offset + head * vc_head + d,
+                saturate(value, v_cache),
+                mask=keep,
+            )
     if row >= tl.load(query_start + num_seqs):
         for start in range(0, H * DV, BLOCK):
             index = start + tl.arange(0, BLOCK)

@@ -1,0 +1,448 @@
+"""The Triton attention kernels on a GPU: numerics against the reference, then decode, prefill and mixed steps, timed.
+
+    python3 bench/gpu_attention.py --out OUT [--sweep decode|prefill|all] [--peers] [--skip decode,prefill,mixed]
+
+Llama-3.1-8B's attention (32 heads, 8 kv heads, size 128, blocks of 16 tokens), bfloat16 queries; one call is one layer.
+A CUDA graph holds calls over several layers' caches, more bytes than the second-level cache. Shares are of 4.0 TB/s
+(reading), TFLOP/s count the products of visible pairs alone. OUT/gpu-attention.json holds every number. --sweep times
+tile sizes: the winner is a line in export/kernels/triton/configs.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton as triton_package
+from camshaft.export.kernels import reference
+from camshaft.export.kernels.state import AttentionState
+from camshaft.export.kernels.triton import paged_attention
+from camshaft.export.kernels.triton.configs import DecodeConfig, PrefillConfig, decode_config
+
+HEADS, KV, DIM, BLOCK = 32, 8, 128, 16
+READ_BYTES_PER_S = 4.0e12
+COLD_BYTES = 256 << 20
+DEVICE = torch.device("cuda")
+CACHES = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+LAYOUTS = ("token", "head")
+"""Physical order of a block: [block_size, KV, D], or [KV, block_size, D] seen through a permutation."""
+
+
+class Step:
+    """The arguments of one step's attention calls, one per layer, for sequences given as (rows, tokens after the step)."""
+
+    def __init__(
+        self, lengths: list[tuple[int, int]], cache: str, layout: str = "token", layers: int | None = None
+    ) -> None:
+        torch.manual_seed(0)
+        self.lengths = lengths
+        rows, needed = sum(n for n, _ in lengths), [-(-length // BLOCK) for _, length in lengths]
+        blocks, dtype = sum(needed) + 1, CACHES[cache]
+        layer_bytes = 2 * blocks * BLOCK * KV * DIM * dtype.itemsize
+        self.layers = layers or max(1, min(128, -(-COLD_BYTES // layer_bytes)))
+        order = torch.randperm(blocks - 1) + 1
+        tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
+        slots, starts, taken = [], [0], 0
+        for s, (n, length) in enumerate(lengths):
+            mine = order[taken : taken + needed[s]]
+            taken += needed[s]
+            tables[s, : needed[s]] = mine
+            position = torch.arange(length - n, length)
+            slots.append(mine[position // BLOCK] * BLOCK + position % BLOCK)
+            starts.append(starts[-1] + n)
+        self.metadata = {
+            "slot_mapping": torch.cat(slots).to(DEVICE), "block_tables": tables.to(DEVICE),
+            "query_start": torch.tensor(starts, dtype=torch.int32, device=DEVICE),
+            "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32, device=DEVICE),
+        }  # fmt: skip
+        qkv = torch.randn(rows, (HEADS + 2 * KV) * DIM, dtype=torch.bfloat16, device=DEVICE)
+        self.q, self.k, self.v = (
+            part.unflatten(1, (-1, DIM)) for part in qkv.split([HEADS * DIM, KV * DIM, KV * DIM], dim=1)
+        )
+        self.caches = [(_cache(blocks, dtype, layout), _cache(blocks, dtype, layout)) for _ in range(self.layers)]
+        self.bounds = {"max_query_len": max(n for n, _ in lengths), "max_seq_len": max(n for _, n in lengths)}
+        self.state = AttentionState()
+
+    @property
+    def bytes_read(self) -> int:
+        """Of keys and values, a layer."""
+        return sum(length for _, length in self.lengths) * 2 * KV * DIM * self.caches[0][0].element_size()
+
+    @property
+    def flops(self) -> int:
+        """Of the products of visible pairs, a layer."""
+        pairs = sum(n * (length - n) + n * (n + 1) // 2 for n, length in self.lengths)
+        return 4 * HEADS * DIM * pairs
+
+    def call(self, layer: int = 0, kernel: Callable[..., torch.Tensor] = paged_attention, **more: Any) -> torch.Tensor:
+        """One layer's attention."""
+        k_cache, v_cache = self.caches[layer]
+        return kernel(
+            self.q, self.k, self.v, k_cache, v_cache, **self.metadata, scale=DIM**-0.5, **(self.bounds | more)
+        )
+
+    def run(self, **more: Any) -> None:
+        """All layers."""
+        self.state.begin_step()
+        for layer in range(self.layers):
+            self.call(layer, state=self.state, **more)
+
+    def time_us(self, **more: Any) -> float:
+        """Microseconds a layer: median of replays of a CUDA graph."""
+        return graph_us(lambda: self.run(**more)) / self.layers
+
+
+def _cache(blocks: int, dtype: torch.dtype, layout: str) -> torch.Tensor:
+    shape = (blocks, BLOCK, KV, DIM) if layout == "token" else (blocks, KV, BLOCK, DIM)
+    cache = torch.empty(shape, dtype=dtype, device=DEVICE)
+    for part in cache.split(4096):
+        part.copy_(torch.randn(part.shape, dtype=torch.float16, device=DEVICE))
+    return cache if layout == "token" else cache.transpose(1, 2)
+
+
+def graph_us(function: Callable[[], object], budget_s: float = 0.15) -> float:
+    """Microseconds of one replay: the median of several, which together take about `budget_s`."""
+    function()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+
+    def replay_ms() -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    replay_ms()
+    count = max(5, min(50, int(budget_s * 1e3 / max(replay_ms(), 1e-3))))
+    return statistics.median(replay_ms() for _ in range(count)) * 1e3
+
+
+# ------------------------------------------------------------------------------------------------------------ numerics
+def numerics() -> list[dict[str, Any]]:
+    """Largest error against the reference, and whether batch-invariant rows are equal to the last bit."""
+    results = []
+    steps = {
+        "decode": [(1, n) for n in (1, 15, 16, 17, 255, 256, 257, 1500, 3000)],
+        "mixed": [(1, 600), (1, 37), (128, 128), (300, 1000), (1, 1), (2, 2), (0, 5), (64, 64), (1, 2000)],
+    }
+    for (name, lengths), cache, layout in itertools.product(steps.items(), CACHES, LAYOUTS):
+        step = Step([pair for pair in lengths if pair[1]], cache, layout, layers=1)
+        before = tuple(tensor.clone() for tensor in step.caches[0])
+        expected = step.call(kernel=_reference)
+        step_caches, step.caches = step.caches, [before]
+        for more in ({}, {"batch_invariant": True}, {"decode": _joined_by_kernel(cache)}):
+            error = (step.call(**more).float() - expected.float()).abs().max().item()
+            # bfloat16 rounds the softmax's weights and the result
+            same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(before, step_caches[0]))
+            results.append(
+                {"step": name, "cache": cache, "layout": layout, "variant": str(more), "max_error": error, "cache_equal": same}
+            )  # fmt: skip
+            results[-1]["ok"] = error < 2e-2 and same
+    results.append(_invariance())
+    for entry in results:
+        print("ok  " if entry["ok"] else "FAIL", entry, flush=True)
+    return results
+
+
+def _reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, **more: Any
+) -> torch.Tensor:
+    """The reference over caches widened to float32, rounded again afterwards."""
+    wide = [cache.float() for cache in (k_cache, v_cache)]
+    k, v = (t.to(k_cache.dtype).to(q.dtype) for t in (k, v))
+    out = reference.paged_attention(q, k, v, *wide, **more)
+    for cache, result in zip((k_cache, v_cache), wide):
+        cache.copy_(result.to(cache.dtype))
+    return out
+
+
+def _joined_by_kernel(cache: str) -> DecodeConfig:
+    return dataclasses.replace(decode_config(DIM, CACHES[cache].itemsize, 2), join="kernel")
+
+
+def _invariance() -> dict[str, Any]:
+    """One sequence of 700 tokens: whole, in chunks, with others around it, token by token at the end."""
+    step = Step([(700, 700), (1, 900), (130, 400)], "bf16", layers=1)
+    whole = step.call(batch_invariant=True)[:700].clone()
+    differences = {}
+    starts = step.metadata["query_start"]
+    for name, (first, end) in {"chunk": (256, 512), "one row": (699, 700), "odd chunk": (37, 300)}.items():
+        alone = {
+            "q": step.q[first:end], "k": step.k[first:end], "v": step.v[first:end],
+            "slot_mapping": step.metadata["slot_mapping"][first:end], "block_tables": step.metadata["block_tables"][:1],
+            "query_start": torch.tensor([0, end - first], dtype=torch.int32, device=DEVICE),
+            "seq_lens": torch.full_like(starts[:1], end),
+        }  # fmt: skip
+        out = paged_attention(
+            **alone, k_cache=step.caches[0][0], v_cache=step.caches[0][1], scale=DIM**-0.5, max_query_len=end - first,
+            max_seq_len=end, batch_invariant=True,
+        )  # fmt: skip
+        differences[name] = (out.float() - whole[first:end].float()).abs().max().item()
+    return {"step": "batch invariance", **differences, "ok": not any(differences.values())}
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+DECODE_SHAPES = [(s, n) for s in (1, 8, 64, 256, 1024) for n in (256, 1500)] + [(8, 8192)]
+PREFILL_SHAPES = {
+    "16 x 512": [(512, 512)] * 16,
+    "4 x 2048": [(2048, 2048)] * 4,
+    "1 x 8192": [(8192, 8192)],
+    "1 x 2048 over 6144": [(2048, 8192)],
+    "16 x 128": [(128, 128)] * 16,
+}
+
+
+def decode_entry(step: Step, **more: Any) -> dict[str, Any]:
+    """Time and bandwidth of a decode step."""
+    us = step.time_us(**more)
+    rate = step.bytes_read / us * 1e6
+    return {"us": round(us, 2), "GB/s": round(rate / 1e9), "share": round(rate / READ_BYTES_PER_S, 3)}
+
+
+def decode_rows(with_peers: bool) -> list[dict[str, Any]]:
+    """All decode shapes, both caches, both layouts; small batches also with the other ways to join splits."""
+    rows = []
+    for (s, n), cache in itertools.product(DECODE_SHAPES, CACHES):
+        for layout in LAYOUTS:
+            step = Step([(1, n)] * s, cache, layout)
+            rows.append(
+                {"S": s, "context": n, "cache": cache, "kernel": f"camshaft, {layout} layout", **decode_entry(step)}
+            )
+            if layout == "token" and s <= 64:
+                config = decode_config(DIM, CACHES[cache].itemsize, 2)
+                for name, other in {
+                    "join=kernel": dataclasses.replace(config, join="kernel"),
+                    "pdl": dataclasses.replace(config, pdl=True),
+                    "4 programs/SM": dataclasses.replace(config, programs_per_processor=4),
+                    "16 programs/SM": dataclasses.replace(config, programs_per_processor=16),
+                    "span 128": dataclasses.replace(config, min_span=128),
+                    "span 512": dataclasses.replace(config, min_span=512),
+                }.items():
+                    entry = decode_entry(step, decode=other)
+                    rows.append({"S": s, "context": n, "cache": cache, "kernel": f"camshaft, {name}", **entry})
+            if with_peers and layout == "token" and cache == "bf16":
+                rows.append({"S": s, "context": n, "cache": cache, "kernel": "flashinfer", **_flashinfer(step)})
+            del step
+        show(rows[-1:])
+    return rows
+
+
+def uneven_rows() -> list[dict[str, Any]]:
+    """Few long sequences among many short ones, as a captured graph sees them (splits from the longest that may come)."""
+    rows = []
+    for s, long, cache in ((64, 4, "fp8"), (256, 8, "fp8"), (1024, 16, "fp8")):
+        step = Step([(1, 8000)] * long + [(1, 400)] * (s - long), cache)
+        for programs in (4, 8, 16, 32):
+            config = dataclasses.replace(decode_config(DIM, 1, 2), programs_per_processor=programs)
+            entry = decode_entry(step, decode=config)
+            rows.append(
+                {"S": s, "context": f"{long} x 8000", "cache": cache, "kernel": f"{programs} programs/SM", **entry}
+            )
+    return rows
+
+
+def prefill_entry(step: Step, **more: Any) -> dict[str, Any]:
+    """Time and rate of a prefill step."""
+    us = step.time_us(**more)
+    return {"us": round(us, 1), "TFLOP/s": round(step.flops / us / 1e6, 1)}
+
+
+def prefill_rows() -> list[dict[str, Any]]:
+    """All prefill shapes, both caches, both layouts, and PyTorch's attention without a cache."""
+    rows = []
+    for (name, lengths), cache in itertools.product(PREFILL_SHAPES.items(), CACHES):
+        for layout in LAYOUTS:
+            step = Step(lengths, cache, layout, layers=4)
+            rows.append(
+                {"prompts": name, "cache": cache, "kernel": f"camshaft, {layout} layout", **prefill_entry(step)}
+            )
+        if cache == "bf16":
+            rows.append(
+                {
+                    "prompts": name,
+                    "cache": cache,
+                    "kernel": "camshaft, batch invariant",
+                    **prefill_entry(step, batch_invariant=True),
+                }
+            )
+            rows.append({"prompts": name, "cache": cache, "kernel": "torch SDPA, dense", **_sdpa(step)})
+    return rows
+
+
+def mixed_rows() -> list[dict[str, Any]]:
+    """1,000 decodes among prompts, also with the sizes that a captured graph pads to."""
+    rows = []
+    for name, lengths in {
+        "1000 x 600 + 8 x 128": [(1, 600)] * 1000 + [(128, 128)] * 8,
+        "256 x 600 + 1 x 2048": [(1, 600)] * 256 + [(2048, 2048)],
+        "1000 x 600 alone": [(1, 600)] * 1000,
+        "8 x 128 alone": [(128, 128)] * 8,
+    }.items():
+        for cache in CACHES:
+            step = Step(lengths, cache)
+            entry: dict[str, Any] = {"us": round(step.time_us(), 1)}
+            if step.bounds["max_query_len"] > 1:
+                entry["us, bounds of a graph"] = round(step.time_us(max_query_len=2048, max_seq_len=4096), 1)
+            entry["floor us"] = round(step.bytes_read / READ_BYTES_PER_S * 1e6, 1)
+            rows.append({"step": name, "cache": cache, **entry})
+    return rows
+
+
+def _sdpa(step: Step) -> dict[str, Any]:
+    """PyTorch's fused attention of the same rows over dense keys; equal lengths only."""
+    n, length = step.lengths[0]
+    if n != length:
+        return {"skipped": "torch SDPA has no causal mask for a cached prefix"}
+    batch = len(step.lengths)
+    q, k, v = (t.reshape(batch, n, -1, DIM).transpose(1, 2).contiguous() for t in (step.q, step.k, step.v))
+    best: dict[str, Any] = {}
+    for backend in (torch.nn.attention.SDPBackend.CUDNN_ATTENTION, torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        try:
+            with torch.nn.attention.sdpa_kernel(backend):
+                us = graph_us(
+                    lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                )
+        except RuntimeError as error:
+            best.setdefault("skipped", str(error)[:100])
+            continue
+        if us < best.get("us", float("inf")):
+            best = {"us": round(us, 1), "TFLOP/s": round(step.flops / us / 1e6, 1), "backend": backend.name}
+    return best
+
+
+def _flashinfer(step: Step) -> dict[str, Any]:
+    """FlashInfer's paged decode, without the write of the new keys."""
+    try:
+        flashinfer = importlib.import_module("flashinfer")
+    except ImportError as error:
+        return {"skipped": f"flashinfer does not import: {error}"}
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    lens = step.metadata["seq_lens"]
+    blocks = (lens + BLOCK - 1) // BLOCK
+    indptr = torch.nn.functional.pad(blocks.cumsum(0), (1, 0)).int()
+    indices = torch.cat([row[:n] for row, n in zip(step.metadata["block_tables"], blocks.tolist())])
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    wrapper.plan(
+        indptr, indices, (lens - 1) % BLOCK + 1, HEADS, KV, DIM, BLOCK, q_data_type=torch.bfloat16,
+        kv_data_type=step.caches[0][0].dtype,
+    )  # fmt: skip
+    us = graph_us(lambda: [wrapper.run(step.q, pair) for pair in step.caches]) / step.layers
+    rate = step.bytes_read / us * 1e6
+    return {"us": round(us, 2), "GB/s": round(rate / 1e9), "share": round(rate / READ_BYTES_PER_S, 3)}
+
+
+# --------------------------------------------------------------------------------------------------------------- sweep
+DECODE_TILES = [(32, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4), (128, 8)]
+PREFILL_TILES = [(128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 32, 4), (256, 64, 8), (64, 64, 4)]
+
+
+def compile_all(jobs: Iterable[Callable[[], object]], threads: int) -> None:
+    """Runs every job once, so that its kernel is compiled; jobs that do not compile say so when they are timed."""
+
+    def attempt(job: Callable[[], object]) -> None:
+        try:
+            job()
+        except (RuntimeError, triton_package.TritonError) as error:
+            print("does not compile:", str(error).splitlines()[0], flush=True)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(attempt, jobs))
+    torch.cuda.synchronize()
+
+
+def sweep(kind: str, threads: int) -> list[dict[str, Any]]:
+    """Times tile sizes: decode of 1,024 x 600 and 8 x 1500 tokens, or prefill of 4 x 2048 tokens; the fastest first."""
+    rows = []
+    for cache in CACHES:
+        configs: list[Any]
+        if kind == "decode":
+            steps = {"1024 x 600": Step([(1, 600)] * 1024, cache), "8 x 1500": Step([(1, 1500)] * 8, cache)}
+            base = decode_config(DIM, CACHES[cache].itemsize, 2)
+            configs = [
+                dataclasses.replace(base, block_n=n, num_warps=w, num_stages=s)
+                for (n, w), s in itertools.product(DECODE_TILES, (1, 3, 5))
+            ]
+        else:
+            steps = {"4 x 2048": Step([(2048, 2048)] * 4, cache, layers=4)}
+            configs = [
+                PrefillConfig(block_m=m, block_n=n, num_warps=w, num_stages=s, programs_per_processor=p)
+                for (m, n, w), s, p in itertools.product(PREFILL_TILES, (2, 3, 5), (1, 2, 4))
+            ]
+        compile_all([lambda s=s, c=c: s.call(**{kind: c}) for s in steps.values() for c in configs], threads)
+        for config in configs:
+            entry: dict[str, Any] = {"cache": cache, **dataclasses.asdict(config)}
+            try:
+                for name, step in steps.items():
+                    entry[f"{name} us"] = round(step.time_us(**{kind: config}), 2)
+            except (RuntimeError, triton_package.TritonError) as error:
+                entry["error"] = str(error).splitlines()[0][:80]
+            rows.append(entry)
+        first = f"{next(iter(steps))} us"
+    rows.sort(key=lambda row: (row["cache"], row.get(first, float("inf"))))
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table on the terminal."""
+    for row in rows:
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+
+
+def main() -> int:
+    """Runs what was asked for; 1 if a result is wrong."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sweep", choices=("decode", "prefill", "all"))
+    parser.add_argument("--peers", action="store_true", help="FlashInfer, if it imports")
+    parser.add_argument("--skip", default="", help="of numerics, decode, uneven, prefill, mixed")
+    parser.add_argument("--threads", type=int, default=8, help="that compile in a sweep")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "numerics": numerics,
+        "decode": lambda: decode_rows(options.peers),
+        "uneven": uneven_rows,
+        "prefill": prefill_rows,
+        "mixed": mixed_rows,
+    }
+    for kind in ("decode", "prefill"):
+        if options.sweep in (kind, "all"):
+            sections[f"sweep {kind}"] = lambda kind=kind: sweep(kind, options.threads)
+    results: dict[str, Any] = {
+        "command": "python3 " + " ".join(sys.argv), "gpu": torch.cuda.get_device_name(), "python": platform.python_version(),
+        "torch": torch.__version__, "triton": triton_package.__version__,
+    }  # fmt: skip
+    for name, function in sections.items():
+        if name in options.skip.split(","):
+            continue
+        start = time.perf_counter()
+        with torch.inference_mode():
+            results[name] = function()
+        results[f"{name} s"] = round(time.perf_counter() - start, 1)
+        (options.out / "gpu-attention.json").write_text(json.dumps(results, indent=1))
+    for name in sections:
+        if name != "numerics" and name in results:
+            print(f"\n{name} ({results[f'{name} s']} s)")
+            show(results[name])
+    return 0 if all(entry["ok"] for entry in results.get("numerics", [])) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
