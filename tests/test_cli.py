@@ -94,7 +94,7 @@ def test_help_is_quick_and_explains_every_command():
     code = (
         "import sys\n"
         "from camshaft.cli.app import run\n"
-        f"for command in ([], *([c] for c in {COMMANDS!r}), ['bench', 'run'], ['bench', 'compare']):\n"
+        f"for command in ([], *([c] for c in {COMMANDS!r}), ['bench', 'run'], ['bench', 'compare'], ['bench', 'report']):\n"
         "    assert run([*command, '--help']) == 0\n"
         "assert run(['--version']) == 0\n"
         "sys.exit(3 if {'torch', 'transformers', 'numpy'} & set(sys.modules) else 0)\n"
@@ -289,7 +289,7 @@ def test_bench_measures_and_compares(cli, built, tmp_path):
     code, out, _ = cli("bench", "compare", tmp_path / "a.json", tmp_path / "b.json")
     assert code == 0 and "ratio" in out
     code, text, _ = cli("bench", "compare", tmp_path / "a.json", tmp_path / "b.json", "--json")
-    assert code == 0 and json.loads(text)["conditions"] == []
+    assert code == 0 and json.loads(text)["comparisons"][0]["conditions"] == []
 
 
 def test_bench_latency_and_baseline_stand_in_one_document(cli, model):
