@@ -13,13 +13,15 @@ from .load import parse_rates, parse_slos
 from .workload import Range, Workload, parse_range
 
 Mode = Literal["throughput", "latency", "load"]
+DEFAULT_NAME = "run"
+"""Name of the case that the command line's options make."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One workload and how it is measured. Raises ValueError for what does not go together."""
 
-    name: str = "run"
+    name: str = DEFAULT_NAME
     """Of the case in a suite, and of its file."""
     mode: Mode = "throughput"
     """All requests at once, one at a time, or at the rates of `rates`."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cases import Case
+from .cases import DEFAULT_NAME, Case
 from .document import result_entry
 from .environment import seconds_since_start
 from .load import arrival_times, run_load
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 _LATENCY_STEPS_BEFORE_PROFILE = 4
+_PROFILED_BATCHES = 2
+"""A profiled run has the requests of so many full batches, or all: its middle is like that of the whole run, and sooner there."""
 
 
 class Session:
@@ -63,9 +65,11 @@ class Session:
             self._llm = self._recording = None
             self._kind = ()
 
-    def requests(self, workload: Workload, repeat: int) -> list[BenchRequest]:
-        """The requests of a repeat, equal for all systems."""
-        return make_requests(workload, repeat, vocab_size=self.engine.vocab_size, text_tokens=self._text_tokens)
+    def requests(self, workload: Workload, repeat: int, salt: str = "") -> list[BenchRequest]:
+        """The requests of a repeat, equal for all systems; salt: as in `make_requests`."""
+        return make_requests(
+            workload, repeat, vocab_size=self.engine.vocab_size, text_tokens=self._text_tokens, salt=salt
+        )
 
     def measure(self, case: Case) -> list[dict[str, Any]]:
         """Camshaft's results of a case: one, or one for each rate. Raises ValueError for a case that the engine does not take."""
@@ -99,7 +103,8 @@ class Session:
 
     def _run(self, case: Case, workload: Workload, index: int, rate: float | None) -> Repeat:
         llm, recording = self._opened()
-        requests = self.requests(workload, index)
+        salt = "" if case.name == DEFAULT_NAME and rate is None else f" {case.name} {rate}"  # one prefix cache for all
+        requests = self.requests(workload, index, salt)
         if rate is not None:
             arrivals = arrival_times(rate, len(requests), workload.seed + index)
             recording.clear()
@@ -115,9 +120,11 @@ class Session:
             begin, wanted = _LATENCY_STEPS_BEFORE_PROFILE, case.profile_steps
             step_ms = timed.get("decode_ms_p50", math.nan)
         else:
-            workload, num_steps = case.workload, int(timed["steps"])
+            requests = min(case.workload.num_requests, _PROFILED_BATCHES * recording.max_sequences)
+            workload = dataclasses.replace(case.workload, num_requests=requests)
+            num_steps = int(timed["steps"] * requests / case.workload.num_requests)
             wanted = max(1, min(case.profile_steps, num_steps // 2))
-            begin, step_ms = (num_steps - wanted) // 2, 1e3 * timed["duration_s"] / num_steps
+            begin, step_ms = (num_steps - wanted) // 2, 1e3 * timed["duration_s"] / timed["steps"]
         profiler = StepProfiler(begin, wanted, device=self.engine.device.type, trace=self._trace)
         recording.on_step = profiler
         try:

@@ -74,13 +74,14 @@ class BenchRequest:
 
 
 def make_requests(
-    workload: Workload, repeat: int, *, vocab_size: int, text_tokens: Sequence[int] | None = None
+    workload: Workload, repeat: int, *, vocab_size: int, text_tokens: Sequence[int] | None = None, salt: str = ""
 ) -> list[BenchRequest]:
     """The requests of one repeat: random token ids, or pieces of a text's tokens from random places.
 
+    salt: other tokens for another one, where several workloads share a prefix cache.
     Raises ValueError if the text is shorter than the longest prompt.
     """
-    draw = random.Random(f"tokens {workload.seed} {repeat}")
+    draw = random.Random(f"tokens {workload.seed} {repeat}{salt}")
     if text_tokens is not None and len(text_tokens) < workload.input_len[1]:
         raise ValueError(
             f"the text has {len(text_tokens)} tokens, fewer than the longest prompt ({workload.input_len[1]}); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 from camshaft.runtime import LLM
@@ -72,7 +73,7 @@ def test_load_runs_every_request_at_its_time():
 
 
 def test_a_session_measures_cases_and_keeps_the_llm_while_they_are_alike():
-    small = {"kv_cache_bytes": 16 * 4 * 200, "repeats": 2, "warmup_requests": 2, "warmup_output_len": 2}
+    small: dict[str, Any] = {"kv_cache_bytes": 16 * 4 * 200, "repeats": 2, "warmup_requests": 2, "warmup_output_len": 2}
     told = []
     with Session(FakeEngine(), tell=lambda label, index, metrics: told.append((label, index))) as session:
         plain = session.measure(Case(name="a", workload=SMALL, **small))
@@ -92,6 +93,8 @@ def test_a_session_measures_cases_and_keeps_the_llm_while_they_are_alike():
     assert plain[0]["memory_bytes"]["KV cache"] > 0
     assert [entry["request_rate"] for entry in loads] == [200.0, "inf"] and loads[0]["slos"] == {"ttft": 1e6}
     assert narrow[0]["limits"]["max_sequences"] == 1 and narrow[0]["summary"]["decode_tok_s"]["median"] > 0
+    for entry in (*plain, *loads, *narrow):  # they share a prefix cache, and no prompt
+        assert entry["summary"].get("prefix_hit_tokens", {"max": 0})["max"] == 0
     json.dumps([plain, loads, narrow], allow_nan=False)
 
 
