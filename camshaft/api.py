@@ -72,6 +72,10 @@ def compile(
     if example_inputs is not None:
         from .export.module import compile_module
 
+        if quantize is not None or kv_cache_dtype != "auto" or batch_invariant:
+            raise ValueError(
+                "quantize, kv_cache_dtype and batch_invariant are options of decoders; leave them out with example_inputs"
+            )
         return compile_module(model, example_inputs, target=target, device=device, dynamic_shapes=dynamic_shapes)
     from .export.build import BuildRequest, build_engine, is_decoder
 

@@ -45,7 +45,12 @@ class Lowering:
 def lower_program(
     program: Program, config: BuildConfig, directory: Path, timer: Timer, *, use_cache: bool = True
 ) -> Lowering:
-    """Cuts and lowers a program for `config.target`; engines go into `directory`. Raises LoweringError."""
+    """Cuts and lowers a program for `config.target`; engines go into `directory`.
+
+    Raises LoweringError, and ValueError for a batch-invariant program that its target cannot run.
+    """
+    if config.batch_invariant:
+        return _lower_invariant(program, config, directory, timer, use_cache)
     if config.target == "auto" and config.device == "cpu":
         return _lower_on_cpu(program, config, directory, timer, use_cache)
     if config.target == "auto":
@@ -61,6 +66,21 @@ def lower_program(
         timer.begin("compiling kernels")
         compile_kernels(directory, names)
     return lowering
+
+
+def _lower_invariant(program: Program, config: BuildConfig, directory: Path, timer: Timer, use_cache: bool) -> Lowering:
+    """Lowers for Inductor, whose products and reductions treat every row alike."""
+    if config.target not in ("auto", "inductor") or config.device != "cuda":
+        raise ValueError(
+            f"batch_invariant is on and the target is {config.target} on {config.device}; allowed: inductor (or auto) on cuda"
+        )
+    lowering = _lower(program, "inductor", config, directory, timer, use_cache)
+    if lowering.plan.report:
+        raise ValueError(
+            f"batch_invariant is on and parts of the model run outside the compiled code: {'; '.join(lowering.plan.report)}; "
+            "build without batch_invariant"
+        )
+    return replace(lowering, report=("batch-invariant: target inductor",))
 
 
 def _lower_on_cpu(program: Program, config: BuildConfig, directory: Path, timer: Timer, use_cache: bool) -> Lowering:
@@ -89,6 +109,8 @@ def _lower(
 def _fastest_on_cpu(program: Program, config: BuildConfig) -> tuple[str, list[str]]:
     """(name of the fastest target, report lines): onnxruntime and eager are timed."""
     device = torch.device(config.device)
+    if config.quantize is not None:
+        return "eager", [f"auto: eager, since {config.quantize} linear layers have no ONNX Runtime form"]
     candidates = ["eager"]
     if config.dtype == "float32" and get_target("onnxruntime").unavailable(device) is None:
         candidates.append("onnxruntime")

@@ -116,6 +116,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`; what float8_e4m3fn cannot hold becomes its largest value, not NaN."""
+    return (x.clamp(-FP8_MAX, FP8_MAX) if dtype == torch.float8_e4m3fn else x).to(dtype)
+
+
 def quantized_rows_fake(x: Tensor) -> tuple[Tensor, Tensor]:
     """What quantize_rows returns, without values."""
     return (

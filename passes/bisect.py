@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from ..graph.ops import dense_attention
 from ..graph.program import Program
+from ..graph.quant_ops import saturate
 from ..graph.verify import VerificationError, verify
 from .base import GraphPass
 from .page_attention import PAGED_ATTENTION
@@ -91,11 +92,16 @@ def run_row(program: Program, token_ids: Tensor) -> Tensor:
         elif spec.name in given:
             arguments.append(given[spec.name])
         elif spec.kind in ("cache", "metadata"):
-            arguments.append(torch.empty(0))  # read by paged attention alone
+            arguments.append(torch.empty(0, dtype=spec.dtype))  # read by paged attention alone
         else:
             raise ValueError(f"{program.name} has the input {spec.name!r}; only decoders can be bisected")
     with torch.no_grad():
         return _RowInterpreter(program.graph_module).run(*arguments)[0][0]
+
+
+def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as a cache of `dtype` gives them back."""
+    return x if x.dtype == dtype else saturate(x, dtype).to(x.dtype)
 
 
 class _RowInterpreter(fx.Interpreter):
@@ -104,7 +110,8 @@ class _RowInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is not PAGED_ATTENTION:
             return super().call_function(target, args, kwargs)
-        q, k, v, *_, sinks, slopes, scale, window, softcap = args
+        q, k, v, k_cache, v_cache, *_, sinks, slopes, scale, window, softcap = args
+        k, v = _stored(k, k_cache.dtype), _stored(v, v_cache.dtype)
         q_BHTD, k_BGTD, v_BGTV = (tensor.transpose(1, 2) for tensor in (q, k, v))
         return dense_attention(q_BHTD, k_BGTD, v_BGTV, sinks, slopes, scale, window, softcap)
 

@@ -17,20 +17,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...graph.quant_ops import saturate
 from .checks import check_arguments
 
 
 def write_cache(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write each row's key and value at its slot, in place; slot -1 writes nothing.
 
-    k [T, KV, D], v [T, KV, Dv]; caches [N, block size, KV, D or Dv]; slot_mapping [T] int64.
+    k [T, KV, D], v [T, KV, Dv]; caches [N, block size, KV, D or Dv], of any float dtype: float8_e4m3fn saturates at 448.
+    slot_mapping [T] int64.
     """
     block_size = k_cache.shape[1]
     rows = (slot_mapping >= 0).nonzero().squeeze(1)
     slots = slot_mapping[rows]
     index = (slots // block_size, slots % block_size)
-    k_cache[index] = k_TKD[rows].to(k_cache.dtype)
-    v_cache[index] = v_TKD[rows].to(v_cache.dtype)
+    k_cache[index] = saturate(k_TKD[rows], k_cache.dtype)
+    v_cache[index] = saturate(v_TKD[rows], v_cache.dtype)
 
 
 def paged_attention(
