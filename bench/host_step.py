@@ -64,9 +64,10 @@ def make_core(num_sequences: int, asynchronous: bool, block_size: int, max_batch
 
 def add(core: Any, first: int, count: int, prompt_len: int, output_len: int) -> None:
     """Queues greedy requests with random prompts."""
-    from camshaft import SamplingParams
     from camshaft.runtime.core import Generation
     from camshaft.runtime.inputs import CheckedInput
+
+    from camshaft import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
     prompts = torch.randint(1, 64, (count, prompt_len), generator=torch.Generator().manual_seed(first)).tolist()

@@ -6,7 +6,8 @@ Sequences lie behind one another, without padding (S sequences, T tokens, R rows
     positions    | 7 | 4 5 6 | 0 1 2 3 4 |      seq_lens    = [8, 7, 5]
     sample_rows  [0, 3, 8]                      the rows of T whose logits are wanted
 
-All index tensors travel in two transfers (one of int64, one of int32), from pinned memory where there is a GPU.
+Sequences with one new token come first. All index tensors travel in one transfer (packing.py). Tokens that the step in
+flight is about to sample never come to the host on their way: they are taken from the sampler's tensor on the device.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ import numpy.typing as npt
 import torch
 
 from ..export.engine import CacheGroupSpec
-from .plan import StepPlan
+from .packing import PackedTransfer, Spec
+from .plan import ScheduledRequest, StepPlan
 from .request import Request
 
 _REPEAT_SEQUENCES = 16
 """Most sequences of a batch of decodes that is filled in again; from about there on whole arrays are quicker."""
-_ALIGN = 32
-"""Elements between the beginnings of packed tensors, so that each is 128-byte aligned on the device."""
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True)
@@ -45,7 +47,7 @@ class GroupMetadata:
 class Batch:
     """Input of one engine step, on the engine's device.
 
-    The memory belongs to the builder and is used again two steps later.
+    On the CPU the memory belongs to the builder and is used again two steps later.
     """
 
     token_ids: torch.Tensor
@@ -61,6 +63,8 @@ class Batch:
     """[R] int64: rows of T whose logits are wanted, ascending."""
     max_query_len: int
     max_seq_len: int
+    num_decodes: int = 0
+    """Leading sequences with exactly one token; all others have none of these behind them, or are prompts' last tokens."""
 
     @property
     def num_tokens(self) -> int:
@@ -144,10 +148,11 @@ class BatchBuilder:
         self._known = np.zeros((num_groups, max_sequences), dtype=np.int64)
         self._rows: dict[str, int] = {}
         self._free_rows = list(range(max_sequences - 1, -1, -1))
-        self._last_requests: tuple[Request, ...] = ()
-        self._last_rows = np.zeros(0, dtype=np.int64)
-        self._long = _PackedRing(torch.int64, device)
-        self._short = _PackedRing(torch.int32, device)
+        self._sampled_at = np.zeros(max_sequences, dtype=np.int64)
+        """By row of the tables: which of the last batch's samples is the request's."""
+        self._decodes: tuple[Request, ...] | None = None
+        self._decode_rows: Ints = np.zeros(0, dtype=np.int64)
+        self._transfer = PackedTransfer(device)
         self._repeat: _Repeat | None = None
 
     def release(self, request_id: str) -> None:
@@ -158,68 +163,148 @@ class BatchBuilder:
                 table[row, : known[row]] = 0
                 known[row] = 0
             self._free_rows.append(row)
-            self._last_requests = ()
+            self._decodes = None
             self._repeat = None
 
-    def build(self, plan: StepPlan) -> Batch:
+    def build(self, plan: StepPlan, in_flight: torch.Tensor | None = None) -> Batch:
         """The batch of a plan.
 
-        Rows of `plan.scheduled` keep their order; `sample_rows` lists each request's last `num_logit_rows` rows.
-        """
-        for request_id in plan.preempted:
-            self.release(request_id)
-        requests, starts_, nums_, _, logit_rows_, _ = zip(*plan.scheduled)
-        decodes = plan.num_tokens == len(requests) == sum(logit_rows_)
-        if decodes and self._repeat is not None and self._repeat.fits(requests, starts_):
-            return self._repeat.batch(starts_)
-        starts = np.array(starts_, dtype=np.int64)
-        nums = np.array(nums_, dtype=np.int64)
-        seq_lens = starts + nums
-        query_start = np.zeros(len(requests) + 1, dtype=np.int64)
-        np.cumsum(nums, out=query_start[1:])
-        rows = self._table_rows(requests)
-        sequence = np.repeat(np.arange(len(requests)), nums)
-        positions = np.arange(plan.num_tokens) + (starts - query_start[:-1])[sequence]
-        token_ids = np.array(_tokens(requests, starts_, nums_), dtype=np.int64)
-        sample_rows = _sample_rows(query_start, np.array(logit_rows_, dtype=np.int64))
+        Rows of the plan keep their order; `sample_rows` lists each request's last `num_logit_rows` rows.
 
-        block = positions // self.block_size
-        offset = positions - block * self.block_size
-        max_seq_len = int(seq_lens.max())
+        Args:
+            in_flight: [R'] int64 on the device, what the last batch's rows sampled, for a plan on top of its step;
+                values below 0 are taken for 0.
+        """
+        for request_id in (*plan.preempted, *plan.left):
+            self.release(request_id)
+        if self._repeat is not None and in_flight is None and self._repeat.fits(plan):
+            return self._repeat.batch(plan.starts.tolist())
+        table_rows = np.concatenate((self._rows_of_decodes(plan), self._rows_of_others(plan.others)))
+        layout = _Layout(plan)
+        num_groups, num_decodes, max_seq_len = len(self._tables), len(plan.decodes), int(layout.seq_lens.max())
         width = -(-max_seq_len // self.block_size)
-        table_rows = rows[sequence]
-        slots: list[npt.NDArray[Any]] = []
-        tables: list[npt.NDArray[Any]] = []
-        for table in self._tables:
-            block_id = table[table_rows, block].astype(np.int64)
-            slots.append(np.where(block_id >= 0, block_id * self.block_size + offset, -1))
-            tables.append(np.maximum(table[rows, :width], 0))
-        token_d, position_d, sample_d, *slot_d = self._long.pack([token_ids, positions, sample_rows, *slots])
-        start_d, len_d, *table_d = self._short.pack([query_start, seq_lens, *tables])
-        groups = tuple(GroupMetadata(slot, blocks) for slot, blocks in zip(slot_d, table_d, strict=True))
-        batch = Batch(token_d, position_d, groups, start_d, len_d, sample_d, int(nums.max()), max_seq_len)
-        small = decodes and len(requests) <= _REPEAT_SEQUENCES and self.device.type == "cpu"
-        self._repeat = _Repeat(requests, batch, width, self.block_size) if small else None
+        tokens, seqs = plan.num_tokens, len(layout.seq_lens)
+        long, short = torch.int64, torch.int32
+        sources = num_decodes if in_flight is not None else 0
+        specs: list[Spec] = [((tokens,), long), ((tokens,), long), ((len(layout.sample_rows),), long)]
+        specs += [((tokens,), long)] * num_groups + [((sources,), long), ((seqs + 1,), short), ((seqs,), short)]
+        specs += [((seqs, width), short)] * num_groups
+        arrays = self._transfer.open(specs)
+        token_ids, positions, sample_rows, *slots = arrays[: 3 + num_groups]
+        source, query_start, seq_lens, *tables = arrays[3 + num_groups :]
+        self._write_tokens(plan, token_ids, known=in_flight is None)
+        positions[:], sample_rows[:], query_start[:] = layout.positions, layout.sample_rows, layout.query_start
+        seq_lens[:] = layout.seq_lens
+        source[:] = self._sampled_at[table_rows[:sources]]
+        block, offset = np.divmod(layout.positions, self.block_size)
+        token_rows = table_rows[layout.sequence]
+        for table, slot, blocks in zip(self._tables, slots, tables):
+            np.multiply(table[token_rows, block], self.block_size, out=slot)
+            slot += offset
+            blocks[:] = table[table_rows, :width]
+        sampling = table_rows[layout.samples]
+        self._sampled_at[sampling] = np.arange(len(sampling))
+        identity = bool((source == np.arange(sources)).all())
+        sent = self._transfer.send()
+        if in_flight is not None and sources:
+            _feed(sent[0][:sources], in_flight, None if identity else sent[3 + num_groups])
+        groups = tuple(map(GroupMetadata, sent[3 : 3 + num_groups], sent[6 + num_groups :]))
+        batch = Batch(sent[0], sent[1], groups, sent[4 + num_groups], sent[5 + num_groups], sent[2],
+                      layout.max_query_len, max_seq_len, layout.num_decodes)  # fmt: skip
+        small = not plan.others and num_decodes <= _REPEAT_SEQUENCES and self.device.type == "cpu"
+        self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if small and in_flight is None else None
         return batch
 
-    def _table_rows(self, requests: tuple[Request, ...]) -> npt.NDArray[np.int64]:
-        """[S] each request's row in the tables, which then hold all of its blocks."""
-        if requests != self._last_requests:
-            known = self._rows
-            for request in requests:
-                if request.request_id not in known:
-                    known[request.request_id] = self._free_rows.pop()
-            self._last_rows = np.array([known[request.request_id] for request in requests], dtype=np.int64)
-            self._last_requests = requests
-        rows = self._last_rows
-        for group, table in enumerate(self._tables):
-            lengths = np.array([len(request.block_ids[group]) for request in requests], dtype=np.int64)
-            for i in np.nonzero(lengths != self._known[group, rows])[0].tolist():
-                row, first, last = rows[i], self._known[group, rows[i]], lengths[i]
-                assert last > first, f"request {requests[i].request_id!r} lost blocks without being preempted"
-                table[row, first:last] = requests[i].block_ids[group][first:]
-                self._known[group, row] = last
-        return rows
+    def _write_tokens(self, plan: StepPlan, token_ids: Ints, *, known: bool) -> None:
+        num_decodes = len(plan.decodes)
+        if not known:
+            token_ids[:num_decodes] = 0
+        elif num_decodes:
+            token_ids[:num_decodes] = [request.all_token_ids[-1] for request in plan.decodes]
+        at = num_decodes
+        for request, start, num_tokens, num_drafts, _, _ in plan.others:
+            end = at + num_tokens
+            first_draft = end - num_drafts
+            token_ids[at:first_draft] = request.all_token_ids[start : start + num_tokens - num_drafts]
+            token_ids[first_draft:end] = request.draft_token_ids[:num_drafts]
+            at = end
+
+    def _rows_of_decodes(self, plan: StepPlan) -> Ints:
+        """[D] each request's row in the tables, which then hold the block that its token is written to."""
+        if plan.decodes is not self._decodes:
+            known_rows = self._rows
+            rows = [known_rows[request.request_id] for request in plan.decodes]
+            self._decodes, self._decode_rows = plan.decodes, np.array(rows, dtype=np.int64)
+        rows_D = self._decode_rows
+        for group, known in enumerate(self._known):
+            for i in np.flatnonzero(known[rows_D] * self.block_size <= plan.starts).tolist():
+                self._learn(group, plan.decodes[i], int(rows_D[i]))
+        return rows_D
+
+    def _rows_of_others(self, others: Sequence[ScheduledRequest]) -> Ints:
+        """Each request's row in the tables, which then hold all of its blocks."""
+        rows = []
+        for request, *_ in others:
+            row = self._rows.get(request.request_id)
+            if row is None:
+                row = self._rows[request.request_id] = self._free_rows.pop()
+            for group in range(len(self._tables)):
+                self._learn(group, request, row)
+            rows.append(row)
+        return np.array(rows, dtype=np.int64)
+
+    def _learn(self, group: int, request: Request, row: int) -> None:
+        """Writes the blocks that are new; those that a window has left stay in the table, where nobody reads them."""
+        blocks, first = request.block_ids[group], int(self._known[group, row])
+        assert len(blocks) >= first, f"request {request.request_id!r} lost blocks without being preempted"
+        if len(blocks) > first:
+            self._tables[group][row, first : len(blocks)] = np.maximum(blocks[first:], 0)
+            self._known[group, row] = len(blocks)
+
+
+class _Layout:
+    """Where everything of a plan is in its batch, as arrays.
+
+    positions, sequence: [T] each row's position, and the sequence it belongs to. query_start [S + 1], seq_lens [S],
+    sample_rows [R]: as in Batch. samples: indices of the sequences that sample.
+    """
+
+    __slots__ = (
+        "max_query_len", "num_decodes", "positions", "query_start", "sample_rows", "samples", "seq_lens", "sequence"
+    )  # fmt: skip
+
+    def __init__(self, plan: StepPlan) -> None:
+        num_decodes = len(plan.decodes)
+        if not plan.others:
+            self.query_start = np.arange(num_decodes + 1)
+            self.sequence = self.sample_rows = self.samples = self.query_start[:-1]
+            self.positions = plan.starts
+            self.seq_lens = plan.starts + 1
+            self.max_query_len, self.num_decodes = 1, num_decodes
+            return
+        _, starts_, nums_, _, logit_rows_, samples_ = zip(*plan.others)
+        starts = np.concatenate((plan.starts, np.array(starts_, dtype=np.int64)))
+        nums = np.ones(len(starts), dtype=np.int64)
+        nums[num_decodes:] = nums_
+        self.seq_lens = starts + nums
+        self.query_start = np.zeros(len(starts) + 1, dtype=np.int64)
+        np.cumsum(nums, out=self.query_start[1:])
+        self.sequence = np.repeat(np.arange(len(starts)), nums)
+        self.positions = np.arange(plan.num_tokens) + (starts - self.query_start[:-1])[self.sequence]
+        logit_rows = np.ones(len(starts), dtype=np.int64)
+        logit_rows[num_decodes:] = logit_rows_
+        self.sample_rows = _sample_rows(self.query_start, logit_rows)
+        others = np.flatnonzero(samples_) + num_decodes
+        self.samples = np.concatenate((np.arange(num_decodes), others))
+        self.max_query_len = int(nums.max())
+        longer = np.flatnonzero(nums != 1)
+        self.num_decodes = int(longer[0]) if len(longer) else len(nums)
+
+
+def _feed(token_ids: torch.Tensor, in_flight: torch.Tensor, source: torch.Tensor | None) -> None:
+    """Writes the tokens in flight into [D] token_ids: those at `source`, None for the first D. (-1 is no token.)"""
+    chosen = in_flight[: token_ids.shape[0]] if source is None else in_flight.index_select(0, source)
+    torch.clamp(chosen, min=0, out=token_ids)
 
 
 class _Repeat:
@@ -245,14 +330,12 @@ class _Repeat:
             tensors = (copy.token_ids, copy.positions, copy.seq_lens, *(group.slot_mapping for group in groups))
             self._sets.append((copy, [tensor.numpy() for tensor in tensors]))
 
-    def fits(self, requests: tuple[Request, ...], starts: Sequence[int]) -> bool:
-        """Whether these are the same requests, with the same blocks and no draft tokens, within the table's width."""
-        if requests != self._requests or max(starts) >= self._limit:
+    def fits(self, plan: StepPlan) -> bool:
+        """Whether a plan has the same requests, with the same blocks, within the table's width."""
+        if plan.others or plan.decodes != self._requests or max(plan.starts) >= self._limit:
             return False
         counts = self._num_blocks
-        return all(
-            [counts[i] == tuple(map(len, r.block_ids)) and not r.draft_token_ids for i, r in enumerate(requests)]
-        )
+        return all([counts[i] == tuple(map(len, request.block_ids)) for i, request in enumerate(plan.decodes)])
 
     def batch(self, starts: Sequence[int]) -> Batch:
         """The batch in which request i computes position `starts[i]`."""
@@ -270,59 +353,9 @@ class _Repeat:
         return batch
 
 
-def _tokens(requests: Sequence[Request], starts: Sequence[int], nums: Sequence[int]) -> list[int]:
-    """The step's tokens; decodes, which come first, in one sweep, and longer rows piece by piece."""
-    num_single = next((i for i, num in enumerate(nums) if num != 1), len(nums))
-    tokens = [r.all_token_ids[s] if s < len(r.all_token_ids) else r.draft_token_ids[s - len(r.all_token_ids)]
-              for r, s in zip(requests[:num_single], starts)]  # fmt: skip
-    for request, start, num in zip(requests[num_single:], starts[num_single:], nums[num_single:]):
-        part = request.all_token_ids[start : start + num]
-        part += request.draft_token_ids[: num - len(part)]
-        tokens += part
-    return tokens
-
-
 def _sample_rows(query_start: npt.NDArray[np.int64], num_logit_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """[R] the last `num_logit_rows[i]` rows of every sequence i."""
     if num_logit_rows.max() <= 1:
         return query_start[1:][num_logit_rows > 0] - 1
     ends = np.cumsum(num_logit_rows)
     return np.arange(ends[-1]) + np.repeat(query_start[1:] - ends, num_logit_rows)
-
-
-class _PackedRing:
-    """Two host buffers in turn: several arrays are written into one and go to the device in one transfer.
-
-    A buffer is written again only when its last transfer is over; steps that sample nothing do not wait for the device.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
-        self._device = device
-        self._buffers = [torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype)]
-        self._copied: list[torch.cuda.Event | None] = [None, None]
-        self._turn = 0
-
-    def pack(self, arrays: Sequence[npt.NDArray[Any]]) -> list[torch.Tensor]:
-        """The arrays on the device, converted to the ring's dtype."""
-        offsets: list[int] = []
-        end = 0
-        for array in arrays:
-            offsets.append(end)
-            end += -(-array.size // _ALIGN) * _ALIGN
-        self._turn = 1 - self._turn
-        copied = self._copied[self._turn]
-        if copied is not None:
-            copied.synchronize()
-        host = self._buffers[self._turn]
-        if host.numel() < end:
-            pin = self._device.type == "cuda"
-            host = self._buffers[self._turn] = torch.empty(max(2 * end, 1024), dtype=self._dtype, pin_memory=pin)
-        flat = host.numpy()
-        for array, offset in zip(arrays, offsets):
-            flat[offset : offset + array.size] = array.reshape(-1)
-        packed = host[:end].to(self._device, non_blocking=True)
-        if self._device.type == "cuda":
-            copied = self._copied[self._turn] = copied or torch.cuda.Event()
-            copied.record()
-        return [packed[o : o + a.size].view(a.shape) for o, a in zip(offsets, arrays)]

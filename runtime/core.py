@@ -1,7 +1,8 @@
-"""The serving core: scheduler, runner and detokenisation around one engine, one step at a time.
+"""The serving core: scheduler, runner and detokenisation around one engine.
 
-    Generation (what a user asked for, n samples) -- n Sequences, each with a scheduler Request
-        step():  schedule -> execute -> update -> text -> what is new goes to each Generation's sink
+    Generation (what a user asked for, n samples) -- n Samples, each with a scheduler Request
+        in turns:       schedule n, launch n, wait for n, update, text -> what is new goes to each Generation's sink
+        asynchronous:   schedule n + 1, launch n + 1 while n computes; wait for n, update, text
 
 One thread drives it. `LLM` puts a thread, handles and prompts around it.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from .batch import Engine
@@ -20,7 +21,7 @@ from .inputs import CheckedInput
 from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobDict
 from .plan import RequestUpdate, StepPlan
 from .request import FinishReason, Request
-from .runner import Runner, StepResult
+from .runner import LaunchedStep, Runner, StepResult
 from .sampler import TokenLogprobs, derive_seed
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer
@@ -40,6 +41,32 @@ class Sink(Protocol):
 
     def fail(self, error: Exception) -> None:
         """The generation was lost."""
+
+
+@dataclasses.dataclass(slots=True)
+class StepTimes:
+    """Steps since the start, and where the serving thread's time went, in seconds.
+
+    On a GPU `launch_s` is the time to put steps into its queue; on the CPU, where nothing is queued, it is the computation.
+    """
+
+    steps: int = 0
+    ahead: int = 0
+    """Steps that were launched while the one before them computed; the others were launched into an idle device."""
+    late: int = 0
+    """Steps ahead whose sampling had to wait for the tokens before: penalties and bad words follow them."""
+    schedule_s: float = 0.0
+    launch_s: float = 0.0
+    """Batch, engine, sampler."""
+    wait_s: float = 0.0
+    """Waiting for the device."""
+    deliver_s: float = 0.0
+    """Updates, text, results."""
+
+    @property
+    def host_s(self) -> float:
+        """All but the waiting."""
+        return self.schedule_s + self.launch_s + self.deliver_s
 
 
 class Sample:
@@ -141,13 +168,19 @@ class ServingCore:
         engine: with its cache bound.
         scheduler: over the engine's blocks.
         tokenizer: None serves token ids only.
+        asynchronous: plan and launch each step while the one before it computes.
     """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, tokenizer: Tokenizer | None, *, asynchronous: bool = False
+    ) -> None:
         self.engine = engine
         self.scheduler = scheduler
         self.tokenizer = tokenizer
+        self.asynchronous = asynchronous
+        self.times = StepTimes()
         self.runner = Runner(engine)
+        self._in_flight: LaunchedStep | None = None
         self.eos_token_ids = frozenset(engine.eos_token_ids)
         self._streams = {} if tokenizer is None else {
             skip: StreamFactory(tokenizer, skip_special_tokens=skip) for skip in (True, False)
@@ -159,7 +192,7 @@ class ServingCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._in_flight is not None
 
     @property
     def num_generations(self) -> int:
@@ -189,6 +222,9 @@ class ServingCore:
                     include_stop=params.include_stop_str_in_output,
                     min_tokens=params.min_tokens,
                 )
+            request.reports_tokens = bool(
+                generation.sink.wants_increments or params.stop or params.logprobs is not None
+            )
             sample = Sample(index, request, detokenizer, params.logprobs is not None)
             generation.samples.append(sample)
             self.scheduler.add_request(request)
@@ -208,25 +244,65 @@ class ServingCore:
         return True
 
     def step(self) -> int:
-        """Runs one step and delivers its results; returns the number of tokens computed (0: nothing to do).
+        """Launches one step and delivers the results of one; returns the number of tokens launched.
 
-        If the engine raises, every generation of the step's plan fails with that error, its blocks are freed, and
-        the core can go on with others.
+        In turns that is the same step; asynchronously it is the step before, whose results are waited for when the new
+        one is in the device's queue. If the engine raises, every generation of the step's plan fails with that error,
+        its blocks are freed, and the core can go on with others.
         """
+        start = time.perf_counter()
+        before, self._in_flight = self._in_flight, None
         plan = self.scheduler.schedule()
+        now = time.perf_counter()
+        self.times.schedule_s += now - start
+        launched = None if plan is None else self._attempt(plan, self._launch)
+        self.times.launch_s += time.perf_counter() - now
+        if before is not None:
+            self._collect(before)
         if plan is None:
             return 0
+        self.times.steps += 1
+        self.times.ahead += before is not None
+        if isinstance(launched, LaunchedStep) and not self.runner.is_sampled(launched):
+            self.times.late += 1
+            launched = self._attempt(plan, lambda _: self._sample_late(launched))
+        if isinstance(launched, Exception):
+            self._fail_step(plan, launched)
+        elif self.asynchronous:
+            self._in_flight = launched
+        elif launched is not None:
+            self._collect(launched)
+        return plan.num_tokens
+
+    def _attempt(self, plan: StepPlan, launch: Callable[[StepPlan], LaunchedStep]) -> LaunchedStep | Exception:
         try:
-            result = self.runner.execute(plan)
+            return launch(plan)
         except Exception as error:  # the engine's boundary: whoever waits for a result gets the error
+            return error
+
+    def _launch(self, plan: StepPlan) -> LaunchedStep:
+        return self.runner.launch(plan)
+
+    def _sample_late(self, step: LaunchedStep) -> LaunchedStep:
+        self.runner.sample(step)
+        return step
+
+    def _collect(self, step: LaunchedStep) -> None:
+        """Waits for a step's tokens and delivers what they bring."""
+        plan = step.plan
+        try:
+            result = self.runner.collect(step)
+        except Exception as error:  # the device's boundary, as above
             self._fail_step(plan, error)
-            return plan.num_tokens
+            return
+        start = time.perf_counter()
+        self.times.wait_s += result.wait_s
         now = time.monotonic()
         for index in result.failed:
             self._fail_row(plan, index)
         for index, logprobs in result.prompt_logprobs.items():
             self._keep_prompt_logprobs(plan, index, logprobs)
-        updates = self.scheduler.update(plan, result.sampled)
+        updates = self.scheduler.update(plan, result.tokens)
         if result.logprobs:
             self._keep_logprobs(plan, result, updates)
         for update in updates:
@@ -234,12 +310,20 @@ class ServingCore:
             if generation.metrics.first_token_s is None:
                 generation.metrics.first_token_s = now
             self._take(generation, sample, update)
-        return plan.num_tokens
+        self.times.deliver_s += time.perf_counter() - start
+
+    def _owner(self, request: Request) -> tuple[Generation, Sample] | None:
+        """Whose request it is; None once it has ended (its id may be another's by then)."""
+        entry = self._samples.get(request.request_id)
+        return entry if entry is not None and entry[1].request is request else None
 
     def fail_all(self, error: Exception) -> None:
-        """Fails every generation and frees its blocks."""
+        """Fails every generation and frees its blocks; waits for the step in flight."""
         for generation in list(self._generations.values()):
             self._fail(generation, error)
+        if self._in_flight is not None:
+            step, self._in_flight = self._in_flight, None
+            self._collect(step)
 
     # --- results ------------------------------------------------------------------------------------------------
 
@@ -310,9 +394,11 @@ class ServingCore:
     # --- failures -----------------------------------------------------------------------------------------------
 
     def _fail_row(self, plan: StepPlan, index: int) -> None:
-        request = plan.scheduled[index].request
-        generation, _ = self._samples[request.request_id]
-        self._fail(generation, RuntimeError(
+        request = plan.request(index)
+        owner = self._owner(request)
+        if owner is None:
+            return
+        self._fail(owner[0], RuntimeError(
             f"request {request.request_id!r}: no token can be chosen at position {request.num_tokens}: the logits are "
             "NaN or infinite, or every token is masked (allowed_token_ids, bad words, min_tokens). If no masks were "
             "asked for, the model's numerics are at fault: compare with target='eager'"
@@ -320,10 +406,10 @@ class ServingCore:
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         for row in plan.scheduled:
-            entry = self._samples.get(row.request.request_id)
+            entry = self._owner(row.request)
             if entry is not None:
                 failure = RuntimeError(
-                    f"request {entry[0].request_id!r} was lost: step {plan.step_id} ({len(plan.scheduled)} sequences, "
+                    f"request {entry[0].request_id!r} was lost: step {plan.step_id} ({plan.num_sequences} sequences, "
                     f"{plan.num_tokens} tokens) raised {type(error).__name__}: {error}"
                 )
                 failure.__cause__ = error
@@ -343,10 +429,10 @@ class ServingCore:
     # --- log-probabilities --------------------------------------------------------------------------------------
 
     def _keep_logprobs(self, plan: StepPlan, result: StepResult, updates: Iterable[RequestUpdate]) -> None:
-        rows = {row.request.request_id: i for i, row in enumerate(plan.scheduled)}
+        rows = {id(plan.request(index)): found for index, found in result.logprobs.items()}
         for update in updates:
             _, sample = self._samples[update.request.request_id]
-            found = result.logprobs.get(rows[update.request.request_id])
+            found = rows.get(id(update.request))
             if found is None or sample.logprobs is None:
                 continue
             values, n = found
@@ -357,7 +443,7 @@ class ServingCore:
 
     def _keep_prompt_logprobs(self, plan: StepPlan, index: int, values: TokenLogprobs) -> None:
         request, start = plan.scheduled[index].request, plan.scheduled[index].start
-        entry = self._samples.get(request.request_id)
+        entry = self._owner(request)
         if entry is None:
             return
         for n in range(len(values.logprobs)):

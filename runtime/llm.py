@@ -8,6 +8,7 @@ for output in llm.generate(["Hello", "Once upon a time"], SamplingParams(max_tok
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import time
@@ -23,7 +24,7 @@ import torch
 
 from .async_llm import RequestHandle, ServingThread
 from .batch import Engine
-from .core import Generation, ServingCore
+from .core import Generation, ServingCore, StepTimes
 from .inputs import CheckedInput, InputChecker, Message, split_prompts
 from .kv_cache import CacheGroup
 from .memory import MemoryLedger, plan_cache
@@ -64,6 +65,8 @@ class LLMStats:
     """Requests that have not ended."""
     num_computed_tokens: int
     """Tokens that went through the model, prompts included."""
+    times: StepTimes
+    """Steps, how many were launched ahead, and where the serving thread's time went."""
 
 
 class LLM:
@@ -80,6 +83,8 @@ class LLM:
         max_chunk_tokens: most tokens of one request in a step; None: the engine's max_batch_tokens.
         enable_prefix_cache: share KV blocks between requests with equal beginnings.
         cuda_graphs: capture decode steps as CUDA graphs at the start (GPU); False: launch them piece by piece.
+        async_scheduling: plan and launch each step while the one before it computes, so that the GPU never waits for the
+            host; None: on a GPU. On the CPU nothing overlaps. The tokens are the same.
         seed: of the requests that bring none; equal calls in equal order then draw equal tokens.
         trace: file to which every scheduling decision is written, for replay (it holds prompts and outputs in full).
         compile_kwargs: for `camshaft.compile`.
@@ -99,6 +104,7 @@ class LLM:
         max_chunk_tokens: int | None = None,
         enable_prefix_cache: bool = True,
         cuda_graphs: bool = True,
+        async_scheduling: bool | None = None,
         seed: int = 0,
         trace: str | Path | None = None,
         **compile_kwargs: Any,
@@ -134,7 +140,10 @@ class LLM:
         self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len)
         stream = None if trace is None else open(trace, "w", encoding="utf-8")  # noqa: SIM115 - closed by shutdown
         scheduler = Scheduler(config) if stream is None else TracedScheduler(config, stream)
-        self._core = ServingCore(engine, scheduler, self.tokenizer)
+        self._core = ServingCore(
+            engine, scheduler, self.tokenizer,
+            asynchronous=engine.device.type == "cuda" if async_scheduling is None else async_scheduling,
+        )  # fmt: skip
         self._serving = ServingThread(self._core)
         self._seed = seed
         self._numbers = itertools.count()
@@ -232,6 +241,7 @@ class LLM:
             memory=self.memory,
             num_unfinished=self._core.num_generations,
             num_computed_tokens=self._serving.num_tokens,
+            times=dataclasses.replace(self._core.times),
         )
 
     def shutdown(self) -> None:

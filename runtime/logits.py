@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .packing import upload
+
 if TYPE_CHECKING:
     from .sampling_params import SamplingParams
 
@@ -28,8 +30,8 @@ def _as_tuple(values: Sequence[int] | None) -> tuple[int, ...]:
 class SamplingState:
     """What the sampler remembers of one request, from its arrival to its end.
 
-    `prompt_token_ids` and `output_token_ids` are the request's own lists: the sampler reads them, and the number of
-    the token to be sampled is always `len(output_token_ids)`.
+    `prompt_token_ids` and `output_token_ids` are the request's own lists: the sampler reads them. While tokens are in
+    flight, `output_token_ids` lacks them; only states with `follows_tokens` need it whole.
     """
 
     params: SamplingParams
@@ -45,9 +47,15 @@ class SamplingState:
     """Row in `PenaltyPool`, -1 while the request has none."""
     num_counted: int = 0
     """Output tokens that the penalty pool has counted."""
+    alive: bool = True
+    """False once the request has ended."""
     greedy: bool = field(init=False)
     penalised: bool = field(init=False)
     ruled: bool = field(init=False)
+    follows_tokens: bool = field(init=False)
+    """Whether the next token's distribution is changed by the value of the one before it: penalties, bad words."""
+    plain: bool = field(init=False)
+    """Greedy, and nothing else."""
 
     def __post_init__(self) -> None:
         p = self.params
@@ -55,12 +63,14 @@ class SamplingState:
         self.penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         needs_minimum = p.min_tokens > 0 and bool(self.stop_ids)
         self.ruled = bool(p.logit_bias or p.allowed_token_ids or self.bad_token_ids or needs_minimum)
+        self.follows_tokens = self.penalised or any(len(word) > 1 for word in self.bad_token_ids)
+        self.plain = self.greedy and not (self.penalised or self.ruled) and p.logprobs is None
 
-    def masked_now(self) -> list[int]:
-        """Token ids that must not be sampled as the next token: stop tokens before `min_tokens`, bad words."""
+    def masked_now(self, num_output: int) -> list[int]:
+        """Token ids that must not be token number `num_output`: stop tokens before `min_tokens`, bad words."""
         masked: list[int] = []
         output = self.output_token_ids
-        if len(output) < self.params.min_tokens:
+        if num_output < self.params.min_tokens:
             masked.extend(self.stop_ids)
         for word in self.bad_token_ids:
             prefix = word[:-1]
@@ -119,10 +129,10 @@ class PenaltyPool:
             slots.extend([state.slot] * len(new))
             tokens.extend(new)
         if self._seen is not None and (tokens or prompt_tokens):
-            index = torch.tensor([slots + prompt_slots, tokens + prompt_tokens], device=self.device)
+            index = _index([slots + prompt_slots, tokens + prompt_tokens], self.device)
             self._seen[index[0], index[1]] = True
         if self._counts is not None and tokens:
-            index = torch.tensor([slots, tokens], device=self.device)
+            index = _index([slots, tokens], self.device)
             one = torch.ones((), dtype=torch.int32, device=self.device)
             self._counts.index_put_((index[0], index[1]), one, accumulate=True)
 
@@ -132,7 +142,7 @@ class PenaltyPool:
         Repetition (Keskar et al. 2019, section 4.1) divides a positive and multiplies a negative logit of every token
         of prompt and output; frequency subtracts once per occurrence in the output, presence once if there is any.
         """
-        slots = torch.tensor([s.slot for s in states], device=self.device)
+        slots = _index([s.slot for s in states], self.device)
         if self._seen is not None:
             repetition = _column([s.params.repetition_penalty for s in states], self.device)
             factor = torch.where(logits_PV > 0, 1.0 / repetition, repetition)
@@ -171,10 +181,12 @@ class PenaltyPool:
         return grown
 
 
-def apply_token_rules(logits_RV: torch.Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
+def apply_token_rules(
+    logits_RV: torch.Tensor, rows: Sequence[int], states: Sequence[SamplingState], num_outputs: Sequence[int]
+) -> None:
     """Adds biases, keeps only allowed tokens, then masks bad words and early stop tokens; in place.
 
-    `rows[i]` is the row of `states[i]`. Masks come last, so a token both allowed and forbidden is forbidden.
+    `rows[i]` is the row of `states[i]`, which is to get token number `num_outputs[i]`. Masks come last, so a token both allowed and forbidden is forbidden.
     """
     device = logits_RV.device
     bias_rows: list[int] = []
@@ -185,7 +197,7 @@ def apply_token_rules(logits_RV: torch.Tensor, rows: Sequence[int], states: Sequ
     kept_tokens: list[int] = []
     masked_rows: list[int] = []
     masked_tokens: list[int] = []
-    for row, state in zip(rows, states, strict=True):
+    for row, state, num_output in zip(rows, states, num_outputs, strict=True):
         bias = state.params.logit_bias
         if bias:
             bias_rows.extend([row] * len(bias))
@@ -196,21 +208,25 @@ def apply_token_rules(logits_RV: torch.Tensor, rows: Sequence[int], states: Sequ
             allowed_rows.append(row)
             kept_rows.extend([row] * len(allowed))
             kept_tokens.extend(allowed)
-        masked = state.masked_now()
+        masked = state.masked_now(num_output)
         masked_rows.extend([row] * len(masked))
         masked_tokens.extend(masked)
     if bias_rows:
-        index = torch.tensor([bias_rows, bias_tokens], device=device)
-        logits_RV[index[0], index[1]] += torch.tensor(bias_values, dtype=logits_RV.dtype, device=device)
+        index = _index([bias_rows, bias_tokens], device)
+        logits_RV[index[0], index[1]] += upload(np.asarray(bias_values, dtype=np.float32), device)
     if allowed_rows:
-        index = torch.tensor([kept_rows, kept_tokens], device=device)
+        index = _index([kept_rows, kept_tokens], device)
         kept = logits_RV[index[0], index[1]]
-        logits_RV.index_fill_(0, torch.tensor(allowed_rows, device=device), NEGATIVE_INFINITY)
+        logits_RV.index_fill_(0, _index(allowed_rows, device), NEGATIVE_INFINITY)
         logits_RV[index[0], index[1]] = kept
     if masked_rows:
-        index = torch.tensor([masked_rows, masked_tokens], device=device)
+        index = _index([masked_rows, masked_tokens], device)
         logits_RV[index[0], index[1]] = NEGATIVE_INFINITY
 
 
 def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(values, dtype=np.float32)).to(device)[:, None]
+    return upload(np.asarray(values, dtype=np.float32), device)[:, None]
+
+
+def _index(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    return upload(np.asarray(values, dtype=np.int64), device)

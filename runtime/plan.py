@@ -102,7 +102,18 @@ class StepPlan:
         last: [D] whether that token is the request's last by length.
     """
 
-    __slots__ = ("_scheduled", "decodes", "last", "left", "num_tokens", "others", "preempted", "starts", "step_id")
+    __slots__ = (
+        "_scheduled",
+        "decodes",
+        "last",
+        "left",
+        "num_tokens",
+        "on_top",
+        "others",
+        "preempted",
+        "starts",
+        "step_id",
+    )
 
     def __init__(
         self,
@@ -114,6 +125,7 @@ class StepPlan:
         decodes: tuple[Request, ...] = (),
         starts: npt.NDArray[np.int64] = _NO_STARTS,
         last: npt.NDArray[np.bool_] | None = None,
+        on_top: bool = False,
     ) -> None:
         self.step_id = step_id
         """Counts the plans of a scheduler from 0."""
@@ -127,6 +139,8 @@ class StepPlan:
         """Ids of the requests that lost their blocks while planning, in that order."""
         self.left = left
         """Ids of the requests that gave their blocks back because the step in flight brings their last token."""
+        self.on_top = on_top
+        """Whether the step before had no result yet: the tokens that `decodes` compute are those that it samples."""
         self._scheduled = None if decodes else scheduled
 
     @property
@@ -141,6 +155,16 @@ class StepPlan:
     def num_sequences(self) -> int:
         """Number of rows."""
         return len(self.decodes) + len(self.others)
+
+    def request(self, index: int) -> Request:
+        """The request of row `index`."""
+        num_decodes = len(self.decodes)
+        return self.decodes[index] if index < num_decodes else self.others[index - num_decodes].request
+
+    def sampling_rows(self) -> list[int]:
+        """Indices of the rows that sample, ascending."""
+        num_decodes = len(self.decodes)
+        return [*range(num_decodes), *(i for i, row in enumerate(self.others, num_decodes) if row.samples)]
 
     @property
     def has_drafts(self) -> bool:

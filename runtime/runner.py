@@ -1,32 +1,71 @@
-"""One step on the device: plan -> batch -> engine -> sampler -> tokens."""
+"""One step on the device: plan -> batch -> engine -> sampler -> tokens.
+
+`launch` puts a step into the device's queue and returns; `collect` waits for its tokens. A step may be launched while the
+one before it computes: tokens go from the sampler to the next batch on the device, and come to the host beside that.
+
+    launch(n)            launch(n + 1)  collect(n)            launch(n + 2)  collect(n + 1)
+    device: | engine n . sample n | copy | engine n + 1 . sample n + 1 | copy | ...
+
+What is launched later may overwrite the engine's logits: the sampler has read them by then, on the same stream.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .batch import Batch, BatchBuilder, Engine
 from .logits import SamplingState
+from .packing import HostCopy, upload
 from .plan import ScheduledRequest, StepPlan
 from .request import Request
-from .sampler import Sampler, SamplerOutput, TokenLogprobs, prompt_token_logprobs
+from .sampler import PendingSample, Sampler, TokenLogprobs, token_logprobs
+from .sampling_params import SamplingParams
+
+_ENDED = SamplingState(SamplingParams(temperature=0), (), (), 0)
+"""Stands for a request that ended before its row was sampled: nobody looks at the token."""
+_NOTHING: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(slots=True)
 class StepResult:
     """What a step produced; indices are those of `plan.scheduled`."""
 
-    sampled: list[list[int]]
-    """New tokens, [] where nothing is sampled: what `Scheduler.update` takes."""
+    tokens: npt.NDArray[np.int64]
+    """One new token for each row that samples: what `Scheduler.update` takes."""
     logprobs: dict[int, tuple[TokenLogprobs, int]] = field(default_factory=dict)
     """Index -> (log-probabilities, the row in them) of the sampled token."""
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """Index -> log-probabilities of the prompt tokens start + 1 ... that follow the computed rows."""
     failed: list[int] = field(default_factory=list)
-    """Indices whose logits had no finite maximum; their `sampled` entry is a placeholder."""
+    """Indices whose logits had no finite maximum; their token is a placeholder."""
+    wait_s: float = 0.0
+    """How long the host waited for the device."""
+
+
+class LaunchedStep:
+    """A step in the device's queue."""
+
+    __slots__ = ("logits", "num_outputs", "pending", "plan", "prompts", "states", "values")
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.plan = plan
+        self.states: list[SamplingState] = []
+        """Of the rows that sample."""
+        self.num_outputs = _NOTHING
+        """[R] which of its request's tokens each of them samples, from 0."""
+        self.logits: torch.Tensor | None = None
+        """[R, V] of the same rows, until they are sampled."""
+        self.pending: PendingSample | None = None
+        self.prompts: list[tuple[int, tuple[torch.Tensor, ...]]] = []
+        """Index of a row, and the log-probabilities of its prompt tokens."""
+        self.values: HostCopy | None = None
 
 
 class Runner:
@@ -46,10 +85,15 @@ class Runner:
             device=engine.device,
         )
         self._states: dict[str, SamplingState] = {}
+        self._num_following = 0
+        self._tokens: torch.Tensor | None = None
+        self._decodes: tuple[Request, ...] | None = None
+        self._decode_states: list[SamplingState] = []
+        self._num_prompt: npt.NDArray[np.int64] = _NOTHING
 
     def add(self, request: Request, seed: int) -> None:
         """Takes note of a new request; `seed` (64 bits) decides all its random draws."""
-        self._states[request.request_id] = SamplingState(
+        state = self._states[request.request_id] = SamplingState(
             request.params,
             request.prompt_token_ids,
             request.output_token_ids,
@@ -57,60 +101,115 @@ class Runner:
             tuple(sorted(request.stop_ids)),
             tuple(tuple(word) for word in request.params.bad_token_ids or ()),
         )
+        self._num_following += state.follows_tokens
 
     def release(self, request_id: str) -> None:
         """Frees what belongs to a request that has ended; harmless for an unknown one."""
         self._builder.release(request_id)
         state = self._states.pop(request_id, None)
         if state is not None:
+            state.alive = False
+            self._num_following -= state.follows_tokens
             self.sampler.release(state)
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Runs a plan and waits for its tokens; whatever the engine raises passes through."""
-        batch = self._builder.build(plan)
+        step = self.launch(plan)
+        self.sample(step)
+        return self.collect(step)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Puts a plan into the device's queue; whatever the engine raises passes through.
+
+        `sample` has to follow when the step in flight has its result, unless the step `is_sampled` at once. It is not
+        where a row's distribution depends on the token in flight (penalties, bad words of several tokens).
+        """
+        batch = self._builder.build(plan, self._tokens if plan.on_top else None)
         logits = self.engine.step(batch)
         self._check(logits, batch)
-        return self._sample(plan.scheduled, logits)
+        step = LaunchedStep(plan)
+        self._choose_rows(step, logits)
+        if not (plan.on_top and self._num_following and any(state.follows_tokens for state in step.states)):
+            self.sample(step)
+        return step
+
+    @staticmethod
+    def is_sampled(step: LaunchedStep) -> bool:
+        """Whether a launched step has been sampled."""
+        return step.values is not None
+
+    @torch.inference_mode()
+    def sample(self, step: LaunchedStep) -> None:
+        """Samples a launched step that is not sampled yet."""
+        if step.values is not None:
+            return
+        tensors = [tensor for _, parts in step.prompts for tensor in parts]
+        if step.states:
+            assert step.logits is not None
+            states = step.states
+            if not all([state.alive for state in states]):
+                states = [state if state.alive else _ENDED for state in states]
+            step.pending = self.sampler.launch(step.logits, states, step.num_outputs)
+            self._tokens = step.pending.tokens
+            tensors += step.pending.tensors()
+        step.logits = None
+        step.values = HostCopy(tensors)
+
+    def collect(self, step: LaunchedStep) -> StepResult:
+        """Waits for the tokens of a sampled step."""
+        assert step.values is not None, f"step {step.plan.step_id} is not sampled"
+        start = time.perf_counter()
+        values = step.values.wait()
+        result = StepResult(_NOTHING, wait_s=time.perf_counter() - start)
+        for n, (index, parts) in enumerate(step.prompts):
+            result.prompt_logprobs[index] = TokenLogprobs(*values[len(parts) * n : len(parts) * (n + 1)])
+        if step.pending is None:
+            return result
+        output = step.pending.output(values[4 * len(step.prompts) :])
+        result.tokens = output.tokens
+        if len(output.tokens) and output.tokens.min() < 0:
+            rows = step.plan.sampling_rows()
+            result.failed = [rows[i] for i in np.flatnonzero(output.tokens < 0).tolist()]
+            result.tokens = np.maximum(output.tokens, 0)
+        if output.logprobs is not None:
+            rows = step.plan.sampling_rows()
+            result.logprobs = {rows[i]: (output.logprobs, n) for i, n in output.logprob_index.items()}
+        return result
 
     def _check(self, logits: torch.Tensor, batch: Batch) -> None:
         expected = (batch.sample_rows.shape[0], self.engine.vocab_size)
         assert logits.shape == expected, f"the engine gave logits {tuple(logits.shape)}; expected {expected}"
 
-    def _sample(self, scheduled: Sequence[ScheduledRequest], logits: torch.Tensor) -> StepResult:
-        sampling = [i for i, row in enumerate(scheduled) if row[5]]
-        result = StepResult([[] for _ in scheduled])
-        if len(sampling) != logits.shape[0]:  # some requests want the logits of their prompts
-            ends = list(accumulate(row[4] for row in scheduled))
-            for i, row in enumerate(scheduled):
-                if row[4] and row[0].needs_prompt_logits:
-                    self._prompt_logprobs(i, row, logits[ends[i] - row[4] : ends[i]], result)
-            logits = logits[torch.tensor([ends[i] - 1 for i in sampling], dtype=torch.int64, device=logits.device)]
-        if not sampling:
-            return result
-        states = self._states
-        output = self.sampler.sample(logits, [states[scheduled[i][0].request_id] for i in sampling])
-        self._collect(sampling, output, result)
-        return result
+    def _choose_rows(self, step: LaunchedStep, logits: torch.Tensor) -> None:
+        """The rows that sample, and on the way the log-probabilities of prompts."""
+        plan = step.plan
+        if plan.decodes is not self._decodes:
+            self._decodes = plan.decodes
+            self._decode_states = [self._states[request.request_id] for request in plan.decodes]
+            self._num_prompt = np.array([request.num_prompt_tokens for request in plan.decodes], dtype=np.int64)
+        num_decodes = len(plan.decodes)
+        sampling = [row for row in plan.others if row.samples]
+        step.states, step.num_outputs = self._decode_states, plan.starts + 1 - self._num_prompt
+        if sampling:
+            step.states = step.states + [self._states[row.request.request_id] for row in sampling]
+            more = [row.start + row.num_tokens - row.request.num_prompt_tokens for row in sampling]
+            step.num_outputs = np.concatenate((step.num_outputs, np.array(more, dtype=np.int64)))
+        if logits.shape[0] != len(step.states):  # some requests want the logits of their prompts
+            ends = list(accumulate((row.num_logit_rows for row in plan.others), initial=num_decodes))
+            for index, row in enumerate(plan.others):
+                if row.num_logit_rows and row.request.needs_prompt_logits:
+                    self._prompt_logprobs(step, index + num_decodes, row, logits[ends[index] : ends[index + 1]])
+            last = [*range(num_decodes), *(end - 1 for row, end in zip(plan.others, ends[1:]) if row.samples)]
+            logits = logits.index_select(0, upload(np.array(last, dtype=np.int64), logits.device))
+        step.logits = logits
 
-    def _collect(self, sampling: Sequence[int], output: SamplerOutput, result: StepResult) -> None:
-        tokens = output.tokens.tolist()
-        if min(tokens) < 0:
-            result.failed = [i for i, token in zip(sampling, tokens) if token < 0]
-            tokens = [max(token, 0) for token in tokens]
-        if len(tokens) == len(result.sampled):
-            result.sampled = [[token] for token in tokens]
-        else:
-            for i, token in zip(sampling, tokens):
-                result.sampled[i].append(token)
-        if output.logprobs is not None:
-            for row, n in output.logprob_index.items():
-                result.logprobs[sampling[row]] = (output.logprobs, n)
-
-    def _prompt_logprobs(self, index: int, row: ScheduledRequest, logits: torch.Tensor, result: StepResult) -> None:
+    @staticmethod
+    def _prompt_logprobs(step: LaunchedStep, index: int, row: ScheduledRequest, logits: torch.Tensor) -> None:
         """Row p of a prompt predicts token p + 1; the last row predicts the first output token, which is sampled."""
         request, num_top = row.request, row.request.params.prompt_logprobs
         assert num_top is not None and not row.num_draft_tokens
-        targets = request.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
+        targets: Sequence[int] = request.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
         if targets:
-            result.prompt_logprobs[index] = prompt_token_logprobs(logits[: len(targets)], targets, num_top)
+            tokens = upload(np.array(targets, dtype=np.int64), logits.device)
+            step.prompts.append((index, token_logprobs(logits[: len(targets)], tokens, num_top)))

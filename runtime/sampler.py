@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .logits import NEGATIVE_INFINITY, PenaltyPool, SamplingState, apply_token_rules
+from .packing import HostCopy, upload
 
 PREFIX = 1024
 """Largest tokens looked at first where a row asks for top_p and no (or a larger) top_k."""
@@ -89,16 +91,18 @@ class PendingSample:
     logprobs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None
     logprob_index: dict[int, int]
 
+    def tensors(self) -> list[torch.Tensor]:
+        """What the host wants to know."""
+        return [self.tokens, *(self.logprobs or ())]
+
+    def output(self, values: Sequence[npt.NDArray[Any]]) -> SamplerOutput:
+        """The result, of the values of `tensors()` on the host."""
+        logprobs = None if self.logprobs is None else TokenLogprobs(*values[1:])
+        return SamplerOutput(values[0], logprobs, self.logprob_index)
+
     def result(self) -> SamplerOutput:
         """Waits for the device and copies to the host."""
-        return SamplerOutput(self.tokens.cpu().numpy(), _to_host(self.logprobs), self.logprob_index)
-
-
-def _to_host(parts: tuple[torch.Tensor, ...] | None) -> TokenLogprobs | None:
-    if parts is None:
-        return None
-    top_ids, top_logprobs, logprobs, ranks = (part.cpu().numpy() for part in parts)
-    return TokenLogprobs(top_ids, top_logprobs, logprobs, ranks)
+        return self.output(HostCopy(self.tensors()).wait())
 
 
 class _Plan:
@@ -106,6 +110,13 @@ class _Plan:
 
     def __init__(self, states: Sequence[SamplingState], vocab_size: int, device: torch.device) -> None:
         self.states = list(states)
+        self.logprob_rows: list[int] = []
+        self.logprob_index: dict[int, int] = {}
+        self.penalised: list[int] = []
+        self.ruled: list[int] = []
+        self.random: list[int] = []
+        if all([s.plain for s in states]):
+            return
         self.penalised = [i for i, s in enumerate(states) if s.penalised]
         self.ruled = [i for i, s in enumerate(states) if s.ruled]
         self.logprob_rows = [i for i, s in enumerate(states) if s.params.logprobs is not None]
@@ -114,11 +125,18 @@ class _Plan:
         self.random = [i for i, s in enumerate(states) if not s.greedy]
         self.greedy = [i for i, s in enumerate(states) if s.greedy]
         drawn = [states[i] for i in self.random]
-        self.drawn = drawn
+
+        def index(rows: list[int], of: int) -> torch.Tensor | None:
+            """Rows on the device, None for all of them."""
+            return None if len(rows) == of else upload(np.array(rows, dtype=np.int64), device)
+
+        self.logprob_index_R = index(self.logprob_rows, len(states))
+        self.penalised_R = index(self.penalised, len(states))
+        self.greedy_R, self.random_R = index(self.greedy, len(states)), index(self.random, len(states))
         self.seeds = np.array([s.seed for s in drawn], dtype=np.uint64)
 
-        def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device)[:, None]
+        def column(values: list[float], dtype: type = np.float32) -> torch.Tensor:
+            return upload(np.array(values, dtype=dtype), device)[:, None]
 
         temperatures = [s.params.temperature for s in drawn]
         self.temperature = None if all(t == 1.0 for t in temperatures) else column(temperatures)
@@ -127,8 +145,9 @@ class _Plan:
         ks = [s.params.top_k if 0 < s.params.top_k < vocab_size else vocab_size for s in drawn]
         ps = [s.params.top_p if s.params.top_p < 1.0 else math.inf for s in drawn]
         self.cut = [i for i, (k, p) in enumerate(zip(ks, ps)) if k < vocab_size or p < 1.0]
-        self.cut_k = column([ks[i] for i in self.cut], torch.int64)
-        self.cut_p = column([ps[i] for i in self.cut], torch.float64)
+        self.cut_k = column([ks[i] for i in self.cut], np.int64)
+        self.cut_p = column([ps[i] for i in self.cut], np.float64)
+        self.cut_N = index(self.cut, len(drawn))
         self.any_p = any(ps[i] < 1.0 for i in self.cut)
         self.any_unlimited = any(ks[i] == vocab_size for i in self.cut)
         widths = [ks[i] if ks[i] < vocab_size else PREFIX for i in self.cut]
@@ -150,16 +169,19 @@ class Sampler:
         self._plan = None
 
     def sample(self, logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
-        """`launch(...).result()`: samples and waits."""
-        return self.launch(logits_RV, states).result()
+        """`launch(...).result()`: samples the tokens that follow `output_token_ids`, and waits."""
+        return self.launch(logits_RV, states, np.array([len(state.output_token_ids) for state in states])).result()
 
     @torch.inference_mode()
-    def launch(self, logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> PendingSample:
+    def launch(
+        self, logits_RV: torch.Tensor, states: Sequence[SamplingState], num_outputs: npt.NDArray[np.int64]
+    ) -> PendingSample:
         """Samples a token for every row; the logits are consumed (their memory may be overwritten).
 
         Args:
             logits_RV: [R, V] float32 on the sampler's device, as the model gave them.
             states: one per row.
+            num_outputs: [R] the number of the token that is to be sampled, from 0, tokens in flight counted.
 
         Raises:
             ValueError: the shapes do not fit.
@@ -172,38 +194,37 @@ class Sampler:
         plan = self._plan
         if plan is None or plan.states != states:
             plan = self._plan = _Plan(states, self.vocab_size, self.device)
-        raw = self._rows(logits_RV, plan.logprob_rows).clone() if plan.logprob_rows else None
+        raw = _select(logits_RV, plan.logprob_index_R).clone() if plan.logprob_rows else None
         if plan.penalised:
             penalised = [plan.states[i] for i in plan.penalised]
             self.penalties.update(penalised)
-            index = torch.tensor(plan.penalised, device=self.device)
-            logits_RV.index_copy_(0, index, self.penalties.apply(logits_RV.index_select(0, index), penalised))
+            changed = self.penalties.apply(_select(logits_RV, plan.penalised_R), penalised)
+            if plan.penalised_R is None:
+                logits_RV.copy_(changed)
+            else:
+                logits_RV.index_copy_(0, plan.penalised_R, changed)
         if plan.ruled:
-            apply_token_rules(logits_RV, plan.ruled, [plan.states[i] for i in plan.ruled])
-        tokens = self._choose(logits_RV, plan)
+            ruled = [plan.states[i] for i in plan.ruled]
+            apply_token_rules(logits_RV, plan.ruled, ruled, num_outputs[plan.ruled].tolist())
+        tokens = self._choose(logits_RV, plan, num_outputs)
         logprobs = None
         if raw is not None:
-            chosen = self._rows(tokens, plan.logprob_rows).clamp(min=0)
+            chosen = _select(tokens, plan.logprob_index_R).clamp(min=0)
             logprobs = token_logprobs(raw, chosen, plan.num_top)
         return PendingSample(tokens, logprobs, plan.logprob_index)
 
-    def _rows(self, x: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        """The given rows of `x`; `x` itself where these are all."""
-        return x if len(rows) == x.shape[0] else x.index_select(0, torch.tensor(rows, device=x.device))
-
-    def _choose(self, logits_RV: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    def _choose(self, logits_RV: torch.Tensor, plan: _Plan, num_outputs: npt.NDArray[np.int64]) -> torch.Tensor:
         if not plan.random:
             return greedy_tokens(logits_RV)
-        if not plan.greedy:
-            return self._draw(logits_RV, plan)
+        uniform = upload(counter_uniform(plan.seeds, num_outputs[plan.random].astype(np.uint64)), logits_RV.device)
+        if plan.greedy_R is None or plan.random_R is None:
+            return self._draw(logits_RV, plan, uniform)
         tokens = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
-        greedy = torch.tensor(plan.greedy, device=logits_RV.device)
-        random = torch.tensor(plan.random, device=logits_RV.device)
-        tokens[greedy] = greedy_tokens(logits_RV.index_select(0, greedy))
-        tokens[random] = self._draw(logits_RV.index_select(0, random), plan)
+        tokens.index_copy_(0, plan.greedy_R, greedy_tokens(logits_RV.index_select(0, plan.greedy_R)))
+        tokens.index_copy_(0, plan.random_R, self._draw(logits_RV.index_select(0, plan.random_R), plan, uniform))
         return tokens
 
-    def _draw(self, x_NV: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    def _draw(self, x_NV: torch.Tensor, plan: _Plan, uniform_N: torch.Tensor) -> torch.Tensor:
         """Tokens for the random rows; overwrites `x_NV`."""
         if plan.temperature is not None:
             x_NV.div_(plan.temperature)
@@ -211,22 +232,23 @@ class Sampler:
         if plan.log_min_p is not None:
             low = x_NV.amax(-1, keepdim=True) + plan.log_min_p
         if plan.cut:
-            everything = len(plan.cut) == x_NV.shape[0]
-            rows = torch.tensor(plan.cut, device=x_NV.device)
-            x_CV = x_NV if everything else x_NV.index_select(0, rows)
-            low_C = None if low is None else (low if everything else low.index_select(0, rows))
+            x_CV = _select(x_NV, plan.cut_N)
+            low_C = None if low is None else _select(low, plan.cut_N)
             cut = _threshold(x_CV, low_C, plan.cut_k, plan.cut_p if plan.any_p else None, plan.cut_width,
                              plan.any_unlimited)  # fmt: skip
-            if everything:
+            if plan.cut_N is None:
                 low = cut
             else:
                 low = x_NV.new_full((x_NV.shape[0], 1), NEGATIVE_INFINITY) if low is None else low
-                low.index_copy_(0, rows, cut)
+                low.index_copy_(0, plan.cut_N, cut)
         if low is not None:
             x_NV.masked_fill_(x_NV < low, NEGATIVE_INFINITY)
-        steps = np.array([len(s.output_token_ids) for s in plan.drawn], dtype=np.uint64)
-        uniform = torch.from_numpy(counter_uniform(plan.seeds, steps)).to(x_NV.device)
-        return invert_cumulative(x_NV.softmax(-1), uniform)
+        return invert_cumulative(x_NV.softmax(-1), uniform_N)
+
+
+def _select(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The given rows of `x`; `x` itself for None."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 def greedy_tokens(logits_RV: torch.Tensor) -> torch.Tensor:
@@ -321,11 +343,3 @@ def token_logprobs(
     ranks = (logits_NV > chosen).sum(-1) + 1
     top = logits_NV.topk(min(num_top, logits_NV.shape[1]), -1)
     return top.indices, top.values - normaliser, (chosen - normaliser)[:, 0], ranks
-
-
-def prompt_token_logprobs(logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int) -> TokenLogprobs:
-    """Log-probabilities, on the host, of the prompt tokens that follow each row's position."""
-    index = torch.tensor(tokens, dtype=torch.int64, device=logits_NV.device)
-    result = _to_host(token_logprobs(logits_NV, index, num_top))
-    assert result is not None
-    return result

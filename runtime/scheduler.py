@@ -238,7 +238,7 @@ class Scheduler:
         num_tokens = self.config.max_batch_tokens - step.spare
         preempted, left = tuple(self._unreported), tuple(self._left)
         self._unreported, self._left = [], []
-        plan = StepPlan(self._num_steps, others, num_tokens, preempted, left, decodes, starts, last)
+        plan = StepPlan(self._num_steps, others, num_tokens, preempted, left, decodes, starts, last, step.on_top)
         self._num_steps += 1
         self._flights.append(_Flight(plan, self._num_retired))
         return plan

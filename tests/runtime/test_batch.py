@@ -1,6 +1,7 @@
 """Plans become exact tensors, and the tables stay right over preemption, windows and prompt rows."""
 
 import numpy as np
+import pytest
 import torch
 from camshaft.runtime.batch import BatchBuilder
 from camshaft.runtime.kv_cache import CacheGroup
@@ -51,6 +52,40 @@ def test_packing_of_a_mixed_step():
     assert made.groups[0].block_tables.dtype == made.query_start.dtype == made.seq_lens.dtype == torch.int32
 
 
+def test_tokens_in_flight_come_from_the_samples_of_the_step_before():
+    """First step: a and b decode, c is under way, d ends its prompt. Second: a has left, b and d decode; b's failed."""
+    build = builder()
+    a, b, d = (request(name, [1, 2, 3], [[n]], output=[n]) for n, name in enumerate("abd"))
+    c = request("c", range(8), [[5, 6]])
+    build.build(plan(ScheduledRequest(a, 0, 3), ScheduledRequest(b, 0, 3)))
+    first = StepPlan(
+        0,
+        (ScheduledRequest(c, 0, 2, 0, 0, False), ScheduledRequest(d, 0, 4)),
+        8,
+        decodes=(a, b),
+        starts=np.array([3, 3]),
+    )
+    made = build.build(first)
+    assert made.token_ids.tolist() == [0, 1, 0, 1, 1, 2, 3, 2] and made.num_decodes == 2
+    assert made.sample_rows.tolist() == [0, 1, 7]
+    for r in (b, d):
+        r.block_ids[0].append(8)
+    second = StepPlan(
+        1,
+        (ScheduledRequest(c, 2, 3, 0, 0, False),),
+        5,
+        left=("a",),
+        decodes=(b, d),
+        starts=np.array([4, 4]),
+        on_top=True,
+    )
+    made = build.build(second, torch.tensor([70, -1, 90]))
+    assert made.token_ids.tolist() == [0, 90, 2, 3, 4] and made.num_decodes == 2
+    assert made.positions.tolist() == [4, 4, 2, 3, 4] and made.seq_lens.tolist() == [5, 5, 5]
+    third = StepPlan(2, (), 2, decodes=second.decodes, starts=np.array([5, 5]), on_top=True)
+    assert build.build(third, torch.tensor([7, 8])).token_ids.tolist() == [7, 8]
+
+
 def test_drafts_and_prompt_rows():
     a = request("a", [1, 2, 3], [[5, 6]], output=[7])
     a.draft_token_ids = [30, 31, 32]
@@ -88,8 +123,8 @@ def test_a_batch_outlives_the_next_one():
     assert first.token_ids.tolist() == [1, 2]
 
 
-def run(engine, requests, num_blocks, **config):
-    """Runs requests to their end through scheduler, runner and engine."""
+def run(engine, requests, num_blocks, ahead=False, **config):
+    """Runs requests to their end through scheduler, runner and engine, in turns or with one step ahead."""
     groups = tuple(
         CacheGroup(num_blocks=n, block_size=engine.block_size, window=g.window)
         for n, g in zip(num_blocks, engine.cache_groups)
@@ -109,52 +144,64 @@ def run(engine, requests, num_blocks, **config):
         scheduler.add_request(r)
         runner.add(r, 0)
     results = []
-    while (step := scheduler.schedule()) is not None:
-        result = runner.execute(step)
-        results.append((step, result))
-        for update in scheduler.update(step, result.sampled):
-            if update.finished:
-                runner.release(update.request.request_id)
+    flights = []
+    while True:
+        plan = scheduler.schedule()
+        if plan is not None:
+            flights.append(runner.launch(plan))
+        if not flights:
+            break
+        if len(flights) > ahead or plan is None:
+            launched = flights.pop(0)
+            result = runner.collect(launched)
+            results.append((launched.plan, result))
+            for update in scheduler.update(launched.plan, result.tokens):
+                if update.finished:
+                    runner.release(update.request.request_id)
+            scheduler.check_integrity()
     scheduler.check_integrity()
     return scheduler, results
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), min_size=1, max_size=6),
     num_blocks=st.integers(14, 40),
     windows=st.sampled_from([(0,), (0, 6), (5,)]),
     policy=st.sampled_from(["guaranteed_no_evict", "max_utilization"]),
     shared=st.booleans(),
+    ahead=st.booleans(),
 )
-def test_tokens_are_those_of_the_definition(lengths, num_blocks, windows, policy, shared):
-    """Chunked prefill, prefix hits, windows and preemption leave every token as it must be."""
+def test_tokens_are_those_of_the_definition(lengths, num_blocks, windows, policy, shared, ahead):
+    """Chunked prefill, prefix hits, windows, preemption and steps ahead leave every token as it must be."""
     rng = np.random.default_rng(0)
     engine = FakeEngine(max_batch_tokens=16, max_sequences=4, windows=windows, max_seq_len=56)
     base = rng.integers(0, 101, 40).tolist()
     prompts = [base[:n] if shared else rng.integers(0, 101, n).tolist() for n, _ in lengths]
     requests = [request(str(i), p, [], max_tokens=m) for i, (p, (_, m)) in enumerate(zip(prompts, lengths))]
-    run(engine, requests, [num_blocks] * len(windows), policy=policy)
+    run(engine, requests, [num_blocks] * len(windows), ahead, policy=policy)
     for r, prompt, (_, num_tokens) in zip(requests, prompts, lengths):
         assert r.output_token_ids == expected_tokens(prompt, num_tokens, 101, windows)
 
 
-def test_preemption_really_happens():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_preemption_really_happens(ahead):
     engine = FakeEngine(max_batch_tokens=16, max_sequences=4, max_seq_len=56)
     prompts = [[i, i + 1, i + 2, 50] * 4 for i in range(4)]
     requests = [request(str(i), p, [], max_tokens=30) for i, p in enumerate(prompts)]
-    scheduler, _ = run(engine, requests, [20], policy="max_utilization")
+    scheduler, _ = run(engine, requests, [20], ahead, policy="max_utilization")
     assert scheduler.stats.preemptions > 0
     for r, prompt in zip(requests, prompts):
         assert r.output_token_ids == expected_tokens(prompt, 30, 101)
 
 
-def test_prompt_logprobs_of_a_chunked_prompt():
+@pytest.mark.parametrize("ahead", [False, True])
+def test_prompt_logprobs_of_a_chunked_prompt(ahead):
     engine = FakeEngine(max_batch_tokens=8, max_sequences=4)
     prompt = list(range(3, 23))
     wanted = request("a", prompt, [], max_tokens=2, prompt_logprobs=2)
     other = request("b", [9, 9, 9], [], max_tokens=9)
-    _, results = run(engine, [other, wanted], [40])
+    _, results = run(engine, [other, wanted], [40], ahead)
     found = {}
     for step, result in results:
         for index, logprobs in result.prompt_logprobs.items():

@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -23,20 +24,23 @@ def tokenizer_path(tmp_path_factory):
     return save(byte_level(), tmp_path_factory.mktemp("tokenizer"), chat_template=CHATML)
 
 
-@pytest.fixture
-def make():
+@pytest.fixture(params=[False, True], ids=["in turns", "asynchronous"])
+def make(request):
     made = []
 
     def build(engine=None, *, tokenizer_path=None, **kwargs):
         options = {k: kwargs.pop(k) for k in list(kwargs) if k in ENGINE_OPTIONS}
         vocab_size = 340 if tokenizer_path else 101
         engine = engine or FakeEngine(**{"vocab_size": vocab_size, "tokenizer_path": tokenizer_path, **options})
-        made.append(LLM(engine, **kwargs))
+        made.append(LLM(engine, **{"async_scheduling": request.param, **kwargs}))
         return made[-1]
 
     yield build
     for llm in made:
         if not llm._serving._closing:
+            deadline = time.monotonic() + 10
+            while llm._core.has_work and time.monotonic() < deadline:
+                time.sleep(0.001)  # a step ahead may still be under way
             llm._core.scheduler.check_integrity()
             stats = llm.stats()
             assert all(g.used == 0 for g in stats.scheduler.groups), "blocks leaked"
@@ -321,6 +325,59 @@ def test_penalties_reach_the_sampler(make):
                                                 frequency_penalty=2.0, presence_penalty=2.0))[0]  # fmt: skip
     plain = llm.generate([1, 2], SamplingParams(temperature=0, max_tokens=40, allowed_token_ids=range(50)))[0]
     assert max(never.token_ids) < 50 and len(set(never.token_ids)) > len(set(plain.token_ids))
+
+
+def test_what_follows_its_own_tokens_is_sampled_late_and_the_same(make):
+    params = [
+        SamplingParams(temperature=0, max_tokens=30, frequency_penalty=1.5),
+        SamplingParams(temperature=1.5, seed=3, max_tokens=30, repetition_penalty=1.3, top_k=20, logprobs=1),
+        SamplingParams(temperature=0, max_tokens=30, bad_token_ids=[[5, 6], expected_tokens([4, 2, 3], 2, 101)]),
+        SamplingParams(temperature=0.8, seed=1, max_tokens=30, min_tokens=6, stop_token_ids=range(40)),
+        SamplingParams(temperature=0, max_tokens=30),
+    ] * 3
+    prompts = [[i, 2, 3] for i in range(2, 17)]
+    llm, in_turns = make(), make(async_scheduling=False)
+    outputs, expected = (one.generate(prompts, params, progress=False) for one in (llm, in_turns))
+    for mine, other in zip(outputs, expected):
+        assert (mine.token_ids, mine.finish_reason, mine.logprobs) == (
+            other.token_ids, other.finish_reason, other.logprobs,
+        )  # fmt: skip
+    times = llm.stats().times
+    assert in_turns.stats().times.ahead == in_turns.stats().times.late == 0
+    if llm._core.asynchronous:
+        assert times.steps > times.ahead >= times.late > 0
+        assert times.host_s > 0 and times.wait_s >= 0
+
+
+def test_random_rows_draw_the_same_in_both_orders(make):
+    params = [
+        SamplingParams(n=2, temperature=1.2, seed=5, max_tokens=20, top_p=0.8),
+        SamplingParams(temperature=2.0, seed=6, max_tokens=25, min_p=0.01, logprobs=2, prompt_logprobs=1),
+    ] * 6
+    prompts = [[i] * (i + 1) for i in range(12)]
+    options = {"policy": "max_utilization", "kv_cache_bytes": 16 * 4 * 30, "max_batch_tokens": 16}
+    runs = [
+        [(o.token_ids, o.logprobs) for output in one.generate(prompts, params) for o in output.outputs]
+        for one in (make(**options), make(async_scheduling=False, **options))
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_an_error_of_a_step_ahead_leaves_the_results_before_it(make):
+    """The step that fails is launched before the results of the one before it are looked at; those still count."""
+    steps = []
+
+    def on_step(batch):
+        steps.append(batch.num_tokens)
+        if len(steps) == 4:
+            raise RuntimeError("boom")
+
+    llm = make(on_step=on_step)
+    short, long = SamplingParams(temperature=0, max_tokens=3), SamplingParams(temperature=0, max_tokens=9)
+    with pytest.raises(GenerationError, match="1 of 2 .*boom") as info:
+        llm.generate([[1, 2], [3, 4]], [short, long])
+    assert info.value.outputs[0].token_ids == expected_tokens([1, 2], 3, 101)
+    assert llm.generate([3, 4], GREEDY)[0].token_ids == expected_tokens([3, 4], 10, 101)
 
 
 def test_trace_replays(make, tmp_path):

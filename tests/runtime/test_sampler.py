@@ -13,7 +13,8 @@ from camshaft.runtime.sampler import (
     derive_seed,
     greedy_tokens,
     invert_cumulative,
-    prompt_token_logprobs,
+    TokenLogprobs,
+    token_logprobs,
 )
 from camshaft.runtime.sampling_params import SamplingParams
 
@@ -206,7 +207,7 @@ def test_logprobs_are_raw_and_ranked():
         assert output.logprobs.ranks[n] == int((expected > expected[token]).sum()) + 1
         assert output.logprobs.top_ids[n].tolist() == expected.topk(3).indices.tolist()
         assert np.allclose(output.logprobs.top_logprobs[n], expected.topk(3).values, atol=1e-5)
-    prompt = prompt_token_logprobs(logits, [3, 4, 5], 2)
+    prompt = TokenLogprobs(*(part.numpy() for part in token_logprobs(logits, torch.tensor([3, 4, 5]), 2)))
     assert prompt.logprobs[1] == pytest.approx(float(logits[1].log_softmax(-1)[4]), abs=1e-5)
 
 

@@ -64,7 +64,7 @@ def test_what_is_written() -> None:
     lines, _, _ = record()
     events = [json.loads(line) for line in lines]
     assert [event["event"] for event in events[:5]] == ["config", "add", "add", "plan", "update"]
-    assert events[0]["version"] == 1
+    assert events[0]["version"] == 2
     assert events[0]["config"]["groups"][1] == {"num_blocks": 8, "block_size": 2, "window": 3}
     assert events[1]["request"] == {
         "request_id": "a",
@@ -80,6 +80,7 @@ def test_what_is_written() -> None:
         "rows": [["a", 0, 7, 0, 1, True], ["b", 0, 1, 0, 0, False]],
         "num_tokens": 8,
         "preempted": [],
+        "left": [],
         "blocks_used": [3, 5],
     }
     assert events[4] == {"event": "update", "sampled": [[5], []]}
@@ -126,8 +127,8 @@ def test_what_is_no_trace_is_refused() -> None:
         replay([])
     with pytest.raises(ValueError, match="begins with a config event"):
         replay(lines[1:])
-    with pytest.raises(ValueError, match="of version 2; allowed"):
-        replay([lines[0].replace('"version":1', '"version":2')])
+    with pytest.raises(ValueError, match="of version 1; allowed"):
+        replay([lines[0].replace('"version":2', '"version":1')])
     with pytest.raises(ValueError, match="line 2 is a 'pause' event"):
         replay([lines[0], '{"event": "pause"}'])
 
