@@ -73,6 +73,10 @@ class Invocation:
                 documents.append(self._measure(session, case))
                 self._show(to, documents[-1])
                 self._write(case, documents[-1])
+            # behind all that is timed, and from the last case on, whose LLM is open
+            for case, document in zip(reversed(self.cases), reversed(documents)):
+                if case.profile_steps:
+                    self._profile(to, session, case, document)
         to.document = {"kind": "camshaft-bench-suite", "documents": documents} if self.is_suite else documents[0]
 
     def _open(self) -> Engine:
@@ -139,15 +143,20 @@ class Invocation:
         )
         return [result_entry(name, "throughput", runs, batch_size=size) for name, size, runs in measured]
 
-    def _show(self, to: Output, document: Mapping[str, Any]) -> None:
+    def _profile(self, to: Output, session: Session, case: Case, document: dict[str, Any]) -> None:
         from ..runtime.bench.document import label_of
 
+        results = [result for result in document["results"] if result["system"] == "camshaft"]
+        session.profile(case, results)
+        for result in results:
+            label = label_of(result) if not self.is_suite else f"{case.name}: {label_of(result)}"
+            for made in profile_tables(result["profile"], label):
+                to.console.print(made)
+        self._write(case, document)
+
+    def _show(self, to: Output, document: Mapping[str, Any]) -> None:
         to.console.print(result_table(document))
         results = document["results"]
-        for result in results:
-            if "profile" in result:
-                for made in profile_tables(result["profile"], label_of(result)):
-                    to.console.print(made)
         if self.baseline:
             best = max(results[1:], key=lambda result: result["summary"]["output_tok_s"]["median"])
             ratio = results[0]["summary"]["output_tok_s"]["median"] / best["summary"]["output_tok_s"]["median"]

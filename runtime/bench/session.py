@@ -64,6 +64,8 @@ class Session:
             self._llm.shutdown()
             self._llm = self._recording = None
             self._kind = ()
+            if self.engine.device.type == "cuda":
+                _free_device_memory()
 
     def requests(self, workload: Workload, repeat: int, salt: str = "") -> list[BenchRequest]:
         """The requests of a repeat, equal for all systems; salt: as in `make_requests`."""
@@ -85,17 +87,21 @@ class Session:
             self._run(case, case.warmup_workload, index, math.inf if case.rates else None)
         entries = []
         for rate in case.rates or (None,):
-            runs = self._timed_runs(case, rate)
-            entry = result_entry("camshaft", case.mode, runs, **facts)
+            entry = result_entry("camshaft", case.mode, self._timed_runs(case, rate), **facts)
             if rate is not None:
                 entry |= {"request_rate": "inf" if math.isinf(rate) else rate, "slos": dict(case.slos)}
-            if case.profile_steps:
-                entry["profile"] = self._profile(case, rate, runs[-1])
             entries.append(entry)
         return entries
 
+    def profile(self, case: Case, entries: Sequence[dict[str, Any]]) -> None:
+        """Adds "profile" to the results that `measure` gave for a case. Once it has run, a profiler may slow what is timed."""
+        self._open(case)
+        for rate, entry in zip(case.rates or (None,), entries, strict=True):
+            entry["profile"] = self._profile(case, rate, entry["repeats"][-1])
+
     def _timed_runs(self, case: Case, rate: float | None) -> list[Repeat]:
-        label = case.name if rate is None else f"{case.name}, {rate:g} requests/s"
+        label = "camshaft" if case.name == DEFAULT_NAME else case.name
+        label = label if rate is None else f"{label}, {rate:g} requests/s"
         return repeat_runs(
             lambda index: self._run(case, case.workload, index, rate),
             repeats=case.repeats, warmup=0, on_run=lambda index, metrics: self._tell(label, index, metrics),
@@ -171,3 +177,13 @@ class Session:
         since_start = seconds_since_start()
         if since_start is not None:
             self.start_up["process_s"] = since_start
+
+
+def _free_device_memory() -> None:
+    """Gives a closed LLM's KV cache and graphs back to the device, so that the next one finds the memory free."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -110,7 +110,9 @@ def test_steps_of_a_run_are_profiled(mode, tmp_path):
     workload = Workload(num_requests=3, input_len=(4, 6), output_len=(20, 20))
     case = Case(mode=mode, workload=workload, kv_cache_bytes=16 * 4 * 200, repeats=1, warmup=0, profile_steps=5)
     with Session(FakeEngine(), trace=tmp_path / "trace.json") as session:
-        [entry] = session.measure(case)
+        entries = session.measure(case)
+        session.profile(case, entries)
+    [entry] = entries
     profile = entry["profile"]
     assert profile["num_steps"] == 5 and profile["device"] == "cpu" and profile["timed_step_ms"] > 0
     assert {e["class"] for e in profile["classes"]} <= set(CLASS_NAMES) and 0 < profile["busy_share"] <= 1
