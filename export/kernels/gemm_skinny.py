@@ -265,7 +265,8 @@ def _launch_options(overlap: bool) -> dict[str, bool]:
 
 def _prefetch_lines(weight: Tensor, values: int) -> int:
     """Lines of the L2 cache that hold the first `values` of a row: at most 8, a power of two."""
-    return max(1, min(8, values * weight.element_size() // 128))
+    lines = max(1, min(8, values * weight.element_size() // 128))
+    return 1 << (lines.bit_length() - 1)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
