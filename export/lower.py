@@ -58,8 +58,9 @@ def lower_plan(
 
 def _jobs(segment: Segment, target: Target, config: BuildConfig) -> list[tuple[Segment, LowerRequest]]:
     request = LowerRequest(
-        device=torch.device(config.device), max_tokens=config.max_batch_tokens, capabilities=config.capabilities
-    )
+        device=torch.device(config.device), max_tokens=config.max_batch_tokens, capabilities=config.capabilities,
+        batch_invariant=config.batch_invariant,
+    )  # fmt: skip
     symbol = varying_size(segment) if target.fixed_sizes else None
     if symbol is None:
         return [(segment, request)]
@@ -101,11 +102,12 @@ def _build_all(
 
 
 def _pool(target: Target, jobs: Sequence[tuple[Segment, LowerRequest]], count: int) -> Executor | None:
-    """Workers for `count` builds: processes for Inductor's C++; threads for TensorRT, which leaves Python alone as it builds."""
+    """What the target wants for `count` builds, as far as there are cores: two for a process, which takes long to start."""
+    workers = target.workers(jobs[0][1].device) if count > 1 else None
     cores = os.cpu_count() or 1
-    if target.name == "tensorrt" and count > 1:
+    if workers == "threads":
         return ThreadPoolExecutor(min(count, cores))
-    if target.name == "inductor" and jobs[0][1].device.type == "cpu" and min(count, cores // 2) > 1:
+    if workers == "processes" and cores >= 4:
         return ProcessPoolExecutor(min(count, cores // 2), mp_context=multiprocessing.get_context("spawn"))
     return None
 

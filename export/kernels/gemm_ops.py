@@ -11,12 +11,21 @@ opened. On the CPU they are their definitions, and nothing is promised of invari
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...graph import quant_ops
 from ...graph.registry import define, implement
+
+Inline = Callable[[Any], Callable[..., Any] | None]
+"""Operator -> the function that takes its place while a segment is exported, or None where it stays."""
+
+_ATEN_LINEAR = torch.ops.aten.linear.default
+_SCALED = torch.ops.camshaft.scaled_linear.default
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -74,3 +83,36 @@ implement("linear", _linear, "CUDA")
 implement("invariant_linear", _invariant_linear, "CUDA")
 implement("scaled_linear", _scaled_linear, "CUDA")
 implement("invariant_scaled_linear", _invariant_scaled_linear, "CUDA")
+
+
+# -------------------------------------------------------------------------------------------------------------- lowering
+def inline_around(inline: Inline, *, batch_invariant: bool) -> Inline:
+    """`inline` for a CUDA segment whose linear layers stay whole.
+
+    batch_invariant: they are the invariant ones, and other products with a weight are refused. The function that is returned, or
+    what it names, raises ValueError for a layer that has no invariant kernel.
+    """
+
+    def chosen(target: Any) -> Callable[..., Any] | None:
+        if target is _ATEN_LINEAR:
+            return _whole_invariant if batch_invariant else _whole
+        if target is _SCALED:
+            return torch.ops.camshaft.invariant_scaled_linear.default if batch_invariant else None
+        return inline(target)
+
+    return chosen
+
+
+def _whole(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dtype in (torch.float16, torch.bfloat16) and weight.dim() == 2:
+        return torch.ops.camshaft.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _whole_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dtype not in (torch.float16, torch.bfloat16) or weight.shape[-1] % 8:
+        raise ValueError(
+            f"batch_invariant: no kernel for a linear layer with a {weight.dtype} weight {list(weight.shape)}, allowed: float16 "
+            "and bfloat16 with rows of a multiple of 8; build without batch_invariant, or with dtype='bfloat16'"
+        )
+    return torch.ops.camshaft.invariant_linear(x, weight, bias)

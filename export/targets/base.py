@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from ..segment import Segment
+
+Workers = Literal["processes", "threads"]
 
 Bound = Callable[..., Sequence[Tensor]]
 """A segment with its weights: activations in, outputs out."""
@@ -85,6 +87,10 @@ class Target(Protocol):
 
     def supports(self, node: fx.Node) -> bool:
         """Whether a node can be lowered; others run in PyTorch beside it."""
+        ...
+
+    def workers(self, device: torch.device) -> Workers | None:
+        """What lowers several segments at once: threads for a compiler that leaves Python alone; None: one after the other."""
         ...
 
     def lower(self, segment: Segment, request: LowerRequest) -> Built:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from ...graph import ops
 from ..segment import Segment
-from .base import Bound, Built, LowerRequest
+from .base import Bound, Built, LowerRequest, Workers
 
 
 class _EagerSegment:
@@ -42,6 +42,9 @@ class EagerTarget:
 
     def supports(self, node: fx.Node) -> bool:
         return True
+
+    def workers(self, device: torch.device) -> Workers | None:
+        return None
 
     def lower(self, segment: Segment, request: LowerRequest) -> Built:
         return Built(b"")

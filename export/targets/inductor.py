@@ -1,5 +1,7 @@
 """inductor: a segment compiled ahead of time by Inductor. Weights are inputs; T varies.
 
+On CUDA linear layers stay whole (`kernels.gemm_ops`): their kernels are chosen by the number of rows when the segment runs.
+
 CPU: an AOTInductor package (C++). CUDA: Inductor's Python wrapper with its Triton binaries (`inductor_source`): it builds in a
 third of the time and needs no C++ compiler, whose own libstdc++, if it is linked statically, crashes an AOTInductor package.
 """
@@ -17,14 +19,17 @@ import torch
 from torch import Tensor, fx
 
 from ...graph import ops
+from ..kernels import gemm_ops
 from ..segment import Segment
 from ..trace import export_segment
-from .base import Bound, Built, Lowered, LoweringError, LowerRequest
+from .base import Bound, Built, Lowered, LoweringError, LowerRequest, Workers
 from .inductor_source import Compiled, aligned, compile_archive, open_archive
 
 logger = logging.getLogger(__name__)
 
 _MOE = torch.ops.camshaft.moe.default
+_INVARIANT_OPTIONS = {"deterministic": True}
+"""A kernel's reductions get one configuration, not the one that is fastest at the first size that it meets."""
 
 
 class _InductorSegment:
@@ -74,14 +79,19 @@ class InductorTarget:
     def supports(self, node: fx.Node) -> bool:
         return node.target is not _MOE  # the number of tokens of an expert is known only at run time
 
+    def workers(self, device: torch.device) -> Workers | None:
+        return "processes" if device.type == "cpu" else None  # on CUDA no C++ is compiled
+
     def lower(self, segment: Segment, request: LowerRequest) -> Built:
         from torch._inductor import aoti_compile_and_package
 
         buffer = io.BytesIO()
         try:
-            exported = export_segment(segment, request.device, request.max_tokens, ops.inline)
             if request.device.type == "cuda":
-                return Built(compile_archive(exported))
+                inline = gemm_ops.inline_around(ops.inline, batch_invariant=request.batch_invariant)
+                exported = export_segment(segment, request.device, request.max_tokens, inline)
+                return Built(compile_archive(exported, _INVARIANT_OPTIONS if request.batch_invariant else None))
+            exported = export_segment(segment, request.device, request.max_tokens, ops.inline)
             aoti_compile_and_package(exported, package_path=buffer)
         except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
             raise LoweringError(

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -38,12 +38,12 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 """Takes a list of all inputs, which it empties, and returns the outputs."""
 
 
-def compile_archive(exported: torch.export.ExportedProgram) -> bytes:
-    """Compiles an exported segment, in this process, and returns the archive. Raises Inductor's errors."""
+def compile_archive(exported: torch.export.ExportedProgram, options: Mapping[str, Any] | None = None) -> bytes:
+    """Compiles an exported segment, in this process, and returns the archive. options: Inductor's. Raises Inductor's errors."""
     from torch._inductor.utils import fresh_cache
 
     with tempfile.TemporaryDirectory(prefix="camshaft-inductor-") as directory, fresh_cache(dir=directory):
-        source, constants = _compile(exported)
+        source, constants = _compile(exported, options or {})
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(_SOURCE, source)
@@ -58,7 +58,7 @@ def compile_archive(exported: torch.export.ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-def _compile(exported: torch.export.ExportedProgram) -> tuple[str, dict[str, Tensor]]:
+def _compile(exported: torch.export.ExportedProgram, options: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """The wrapper's source and the constants that it takes before the segment's inputs, by position."""
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -78,7 +78,7 @@ def _compile(exported: torch.export.ExportedProgram) -> tuple[str, dict[str, Ten
     }
     fake_mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     context = torch._guards.TracingContext(fake_mode)
-    with _settings(), V.set_fake_mode(fake_mode), torch._guards.tracing(context):
+    with _settings(options), V.set_fake_mode(fake_mode), torch._guards.tracing(context):
         joint_graph_passes(graph_module)
         compiled: Any = compile_fx_inner(graph_module, values, is_inference=True)
     if compiled.constants:
@@ -87,14 +87,15 @@ def _compile(exported: torch.export.ExportedProgram) -> tuple[str, dict[str, Ten
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def _settings(options: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Inductor's settings: in this process, because worker processes take longer to start than the work lasts; no asserts.
 
     Sizes are checked when the batch is built; alignment when weights are bound and inputs are passed.
     """
     from torch._inductor import config
 
-    with config.patch(compile_threads=1, fx_graph_cache=False, size_asserts=False, alignment_asserts=False):
+    fixed = {"compile_threads": 1, "fx_graph_cache": False, "size_asserts": False, "alignment_asserts": False}
+    with config.patch({**fixed, **(options or {})}):
         yield
 
 

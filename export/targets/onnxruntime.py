@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..segment import Segment
-from .base import Bound, Built, LoweringError, LowerRequest, node_signature
+from .base import Bound, Built, LoweringError, LowerRequest, Workers, node_signature
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ class OnnxRuntimeTarget:
             logger.debug("%s: %s", node.name, error)
             return False
         return self._known[key]
+
+    def workers(self, device: torch.device) -> Workers | None:
+        return None
 
     def lower(self, segment: Segment, request: LowerRequest) -> Built:
         from .onnx_graph import segment_to_onnx

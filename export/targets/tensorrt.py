@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ..segment import Segment
-from .base import Built, Lowered, LoweringError, LowerRequest, node_signature
+from .base import Built, Lowered, LoweringError, LowerRequest, Workers, node_signature
 
 if TYPE_CHECKING:
     from ..tensorrt.header import EngineHeader
@@ -62,6 +62,9 @@ class TensorRtTarget:
         if key not in self._known:
             self._known[key] = supports(node)
         return self._known[key]
+
+    def workers(self, device: torch.device) -> Workers | None:
+        return "threads"
 
     def lower(self, segment: Segment, request: LowerRequest) -> Built:
         from ..tensorrt.network import build_segment

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from ...graph import ops
 from ..segment import Segment
 from ..trace import InliningInterpreter
-from .base import Bound, Built, LoweringError, LowerRequest
+from .base import Bound, Built, LoweringError, LowerRequest, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,9 @@ class TorchTensorRtTarget:
 
     def supports(self, node: fx.Node) -> bool:
         return True  # it leaves to PyTorch what it cannot convert
+
+    def workers(self, device: torch.device) -> Workers | None:
+        return None
 
     def lower(self, segment: Segment, request: LowerRequest) -> Built:
         return Built(b"")
