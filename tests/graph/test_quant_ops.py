@@ -5,7 +5,7 @@ from __future__ import annotations
 import camshaft.graph.ops  # noqa: F401  registers camshaft::*
 import pytest
 import torch
-from camshaft.graph.quant_ops import FP4_VALUES, QUANT_DEFINITIONS, spread_scale, unpack
+from camshaft.graph.quant_ops import FP4_VALUES, QUANT_DEFINITIONS, saturate, spread_scale, unpack
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -74,11 +74,57 @@ def test_shape_functions_tell_the_truth() -> None:
     x, packed = torch.ones(4, 6), torch.ones((4, 3), dtype=torch.uint8)
     calls = [
         (ops.quantize, (x, torch.ones(4), 0, FP8)), (ops.dequantize, (x.to(torch.int8), torch.ones(()), 0, torch.bfloat16)),
+        (ops.quantize_rows, (x,)), (ops.rms_norm_quantize, (x, x[0], 1e-6, 0.0, True)),
+        (ops.add_rms_norm_quantize, (x, x, None, 1e-6, 0.0, False)), (ops.glu_quantize, (x, "silu")),
+        (ops.scaled_linear, (x.to(FP8), torch.ones(4, 1), x.to(FP8), torch.ones(4), None, torch.bfloat16)),
         (ops.dequantize_packed, (packed, torch.ones(4, 2), None, "int4", torch.float16)),
     ]  # fmt: skip
-    assert len(calls) == len(QUANT_DEFINITIONS)
+    assert {op.default for op, _ in calls} >= set(QUANT_DEFINITIONS)
     for op, args in calls:
         real = op(*args)
         with FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
-        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+        for a, b in zip(_tensors(fake), _tensors(real), strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_rows_and_their_scales() -> None:
+    x = torch.tensor([[0.0, 0.0], [1.0, -448.0], [1e-3, 2e-3]])
+    values, scale = ops.quantize_rows(x)
+    assert values.dtype == FP8 and scale.shape == (3, 1) and scale.dtype == torch.float32
+    assert values[1].float().tolist() == [1.0, -448.0] and values[2].float().tolist() == [224.0, 448.0]
+    assert (values.float() * scale - x).abs().max() <= 1.0 / 16
+
+
+def test_scaled_linear_is_the_product_of_what_was_quantized() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(5, 32), torch.randn(16, 32), torch.randn(16)
+    (xq, xs), (wq, ws) = ops.quantize_rows(x), ops.quantize_rows(weight)
+    expected = (xq.float() * xs) @ (wq.float() * ws).t() + bias
+    result = ops.scaled_linear(xq, xs, wq, ws.squeeze(1), bias, torch.float32)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    assert ops.scaled_linear(xq, xs, wq, ws.squeeze(1), None, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_fused_operators_are_their_parts() -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(2, 3, 16), torch.randn(2, 3, 16), torch.randn(16)
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-6, 0.0, True)
+    fused = ops.add_rms_norm_quantize(x, residual, weight, 1e-6, 0.0, True)
+    alone = ops.rms_norm_quantize(total, weight, 1e-6, 0.0, True)
+    gated = ops.glu_quantize(x, "silu")
+    for got, expected in (
+        (fused, (*ops.quantize_rows(normed), total)),
+        (alone, ops.quantize_rows(normed)),
+        (gated, ops.quantize_rows(ops.glu(x, "silu"))),
+    ):
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_cache_of_fp8_saturates() -> None:
+    assert saturate(torch.tensor([1e6, -500.0, 1.0]), FP8).float().tolist() == [448.0, -448.0, 1.0]
+    assert saturate(torch.tensor([1e6]), torch.bfloat16).dtype == torch.bfloat16
