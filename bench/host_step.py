@@ -2,8 +2,8 @@
 
     python bench/host_step.py --out host-step.json [--sequences 256,1024] [--steps 100] [--profile]
 
-Steady steps decode one token of every sequence; mixed steps also start a new prompt for each one that ends. Times are of
-the serving thread on one CPU core, in milliseconds per step. `--profile` prints where they go.
+Steady steps decode one token of every sequence; mixed steps also start a new prompt for each one that ends. Times are CPU time of
+the one thread that does it, in milliseconds per step. `--profile` prints where they go.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def make_core(num_sequences: int, asynchronous: bool, block_size: int, max_batch
 
 def add(core: Any, first: int, count: int, prompt_len: int, output_len: int) -> None:
     """Queues greedy requests with random prompts."""
-    from camshaft.runtime.core import Generation
+    from camshaft.runtime.generation import Generation
     from camshaft.runtime.inputs import CheckedInput
 
     from camshaft import SamplingParams
@@ -81,9 +81,9 @@ def timed(core: Any, steps: int, profile: cProfile.Profile | None) -> list[float
     for _ in range(steps):
         if profile:
             profile.enable()
-        start = time.perf_counter()
+        start = time.thread_time()
         core.step()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (time.thread_time() - start))
         if profile:
             profile.disable()
     return times

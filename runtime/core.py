@@ -12,35 +12,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 from .batch import Engine
 from .detokenizer import Detokenizer, StreamFactory
-from .inputs import CheckedInput
-from .outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobDict
+from .generation import Generation, Sample
+from .outputs import Logprob, TokenLogprobDict
 from .plan import RequestUpdate, StepPlan
 from .request import FinishReason, Request
 from .runner import LaunchedStep, Runner, StepResult
-from .sampler import TokenLogprobs, derive_seed
+from .sampler import TokenLogprobs
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer
-
-
-class Sink(Protocol):
-    """Where a generation's results go; called on the core's thread, so it must be quick and must not raise."""
-
-    wants_increments: bool
-    """Whether `increment` is to be called; if not, only the final output is made."""
-
-    def increment(self, output: RequestOutput) -> None:
-        """What is new since the last call."""
-
-    def finish(self, output: RequestOutput) -> None:
-        """The whole result."""
-
-    def fail(self, error: Exception) -> None:
-        """The generation was lost."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,98 +50,6 @@ class StepTimes:
     def host_s(self) -> float:
         """All but the waiting."""
         return self.schedule_s + self.launch_s + self.deliver_s
-
-
-class Sample:
-    """One sample of a generation: its request, text and log-probabilities."""
-
-    def __init__(self, index: int, request: Request, detokenizer: Detokenizer | None, keep_logprobs: bool) -> None:
-        self.index = index
-        self.request = request
-        self.detokenizer = detokenizer
-        self.logprobs: list[TokenLogprobDict] | None = [] if keep_logprobs else None
-        self.cumulative_logprob: float | None = 0.0 if keep_logprobs else None
-        self.finished = False
-        self.num_delivered = 0
-
-    def output(self, text: str, since: int) -> CompletionOutput:
-        """The tokens from number `since` on, with the given text."""
-        request = self.request
-        reason = request.finish_reason if self.finished else None
-        return CompletionOutput(
-            self.index,
-            text,
-            request.output_token_ids[since:],
-            self.cumulative_logprob,
-            None if self.logprobs is None else self.logprobs[since:],
-            None if reason is None else reason.value,
-            request.stop_reason if self.finished else None,
-        )
-
-
-class Generation:
-    """One user request: `params.n` sequences over one prompt."""
-
-    def __init__(self, request_id: str, checked: CheckedInput, seed: int, sink: Sink, eos: frozenset[int]) -> None:
-        self.request_id = request_id
-        self.prompt = checked.prompt
-        self.params = checked.params
-        self.sink = sink
-        self.metrics = RequestMetrics(arrival_s=time.monotonic())
-        self.prompt_logprobs: dict[int, TokenLogprobDict] = {}
-        self.samples: list[Sample] = []
-        self.num_unfinished = self.params.n
-        self.prompt_announced = False
-        n = self.params.n
-        ids = [request_id] if n == 1 else [f"{request_id}/{i}" for i in range(n)]
-        later = dataclasses.replace(self.params, prompt_logprobs=None)
-        self.requests = [
-            Request(
-                ids[i],
-                checked.token_ids,
-                self.params if i == 0 else later,
-                eos_token_ids=eos,
-                wait_for=ids[0] if i else None,
-            )
-            for i in range(n)
-        ]
-        self.seeds = [seed if i == 0 else derive_seed(seed, i) for i in range(n)]
-
-    def final_output(self) -> RequestOutput:
-        """The whole result of finished (or aborted) sequences."""
-        self._count()
-        outputs = [s.output(s.detokenizer.text if s.detokenizer else "", 0) for s in self.samples]
-        return self._wrap(outputs, self._all_prompt_logprobs())
-
-    def increment(self, sample: Sample, text: str) -> RequestOutput:
-        """What is new of one sequence."""
-        output = sample.output(text, sample.num_delivered)
-        sample.num_delivered = len(sample.request.output_token_ids)
-        prompt_logprobs = None
-        if not self.prompt_announced:
-            self.prompt_announced = True
-            self._count()
-            prompt_logprobs = self._all_prompt_logprobs()
-        elif sample.finished:
-            self._count()
-        return self._wrap([output], prompt_logprobs)
-
-    def _wrap(
-        self, outputs: list[CompletionOutput], prompt_logprobs: list[TokenLogprobDict | None] | None
-    ) -> RequestOutput:
-        ids = self.requests[0].prompt_token_ids
-        return RequestOutput(
-            self.request_id, self.prompt, ids, outputs, self.num_unfinished == 0, self.metrics, prompt_logprobs
-        )
-
-    def _all_prompt_logprobs(self) -> list[TokenLogprobDict | None] | None:
-        if self.params.prompt_logprobs is None:
-            return None
-        return [self.prompt_logprobs.get(i) for i in range(self.requests[0].num_prompt_tokens)]
-
-    def _count(self) -> None:
-        self.metrics.num_cached_tokens = self.requests[0].num_cached_tokens
-        self.metrics.num_preemptions = sum(r.num_preemptions for r in self.requests)
 
 
 class ServingCore:
@@ -255,7 +146,7 @@ class ServingCore:
         plan = self.scheduler.schedule()
         now = time.perf_counter()
         self.times.schedule_s += now - start
-        launched = None if plan is None else self._attempt(plan, self._launch)
+        launched = None if plan is None else self._launch(plan)
         self.times.launch_s += time.perf_counter() - now
         if before is not None:
             self._collect(before)
@@ -265,7 +156,7 @@ class ServingCore:
         self.times.ahead += before is not None
         if isinstance(launched, LaunchedStep) and not self.runner.is_sampled(launched):
             self.times.late += 1
-            launched = self._attempt(plan, lambda _: self._sample_late(launched))
+            launched = self._sample_late(launched)
         if isinstance(launched, Exception):
             self._fail_step(plan, launched)
         elif self.asynchronous:
@@ -274,17 +165,17 @@ class ServingCore:
             self._collect(launched)
         return plan.num_tokens
 
-    def _attempt(self, plan: StepPlan, launch: Callable[[StepPlan], LaunchedStep]) -> LaunchedStep | Exception:
+    def _launch(self, plan: StepPlan) -> LaunchedStep | Exception:
         try:
-            return launch(plan)
+            return self.runner.launch(plan)
         except Exception as error:  # the engine's boundary: whoever waits for a result gets the error
             return error
 
-    def _launch(self, plan: StepPlan) -> LaunchedStep:
-        return self.runner.launch(plan)
-
-    def _sample_late(self, step: LaunchedStep) -> LaunchedStep:
-        self.runner.sample(step)
+    def _sample_late(self, step: LaunchedStep) -> LaunchedStep | Exception:
+        try:
+            self.runner.sample(step)
+        except Exception as error:  # as above
+            return error
         return step
 
     def _collect(self, step: LaunchedStep) -> None:
@@ -442,7 +333,7 @@ class ServingCore:
             sample.cumulative_logprob += float(values.logprobs[n])
 
     def _keep_prompt_logprobs(self, plan: StepPlan, index: int, values: TokenLogprobs) -> None:
-        request, start = plan.scheduled[index].request, plan.scheduled[index].start
+        request, start = plan.request(index), plan.others[index - len(plan.decodes)].start
         entry = self._owner(request)
         if entry is None:
             return

@@ -24,7 +24,8 @@ import torch
 
 from .async_llm import RequestHandle, ServingThread
 from .batch import Engine
-from .core import Generation, ServingCore, StepTimes
+from .core import ServingCore, StepTimes
+from .generation import Generation
 from .inputs import CheckedInput, InputChecker, Message, split_prompts
 from .kv_cache import CacheGroup
 from .memory import MemoryLedger, plan_cache

@@ -186,7 +186,8 @@ def apply_token_rules(
 ) -> None:
     """Adds biases, keeps only allowed tokens, then masks bad words and early stop tokens; in place.
 
-    `rows[i]` is the row of `states[i]`, which is to get token number `num_outputs[i]`. Masks come last, so a token both allowed and forbidden is forbidden.
+    `rows[i]` is the row of `states[i]`, which is to get token number `num_outputs[i]`. Masks come last, so a token both
+    allowed and forbidden is forbidden.
     """
     device = logits_RV.device
     bias_rows: list[int] = []

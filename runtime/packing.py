@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 _ALIGN_BYTES = 128
-_NUMPY = {torch.int64: np.dtype(np.int64), torch.int32: np.dtype(np.int32)}
+_NUMPY: dict[torch.dtype, Any] = {torch.int64: np.dtype(np.int64), torch.int32: np.dtype(np.int32)}
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape, and int64 or int32."""

@@ -2,8 +2,8 @@
 
 One step of a budget of 16 tokens, with three decoding requests and two prompts:
 
-    | a | b b b | c | d d d d d d | e e e e e |      a, c: one token    b: one token and two drafts
-      1     3     1        6            5            d: the rest of a prompt    e: the first chunk of another
+    | a | c | b b b | d d d d d d | e e e e e |      a, c: one token    b: one token and two drafts
+      1   1     3          6            5            d: the rest of a prompt    e: the first chunk of another
 
 Requests are served first come, first served (FCFS). Every decoding request gets its next token in every step; the
 rest of the budget goes by arrival to drafts, started prompts and then waiting requests. The head of the queue is
@@ -27,17 +27,15 @@ have ended otherwise has a row in step n + 1 that nobody looks at. A preempted o
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from .kv_cache import KVCacheManager
 from .plan import GroupStats, RequestUpdate, ScheduledRequest, SchedulerConfig, SchedulerStats, StepPlan
-from .policies import make_policy
-from .request import FinishReason, Request, RequestStatus
-from .running import ALWAYS, Flags, RunningSet
+from .queues import Flight, Queues
+from .request import Request, RequestStatus
+from .running import ALWAYS, Flags
 
 __all__ = [
     "GroupStats",
@@ -75,137 +73,12 @@ class _Step:
         """Whether the step before is in flight, with a token of every decoding request."""
 
 
-class _Flight:
-    """A plan without a result."""
-
-    __slots__ = ("advanced", "num_retired", "plan")
-
-    def __init__(self, plan: StepPlan, num_retired: int) -> None:
-        self.plan = plan
-        self.num_retired = num_retired
-        self.advanced = False
-
-
-class Scheduler:
+class Scheduler(Queues):
     """Plans steps over requests that come and go: add_request, then schedule and update in turns.
 
     schedule() may be one step ahead of update(); add_request, abort and finish may come at any time between them. Not
     thread-safe: one thread, or the caller's lock.
     """
-
-    def __init__(self, config: SchedulerConfig) -> None:
-        """Makes empty pools and queues for `config`."""
-        self.config = config
-        self.kv = KVCacheManager(config.groups, enable_prefix_cache=config.enable_prefix_cache)
-        self._chunk_limit = config.chunk_limit
-        self._policy = make_policy(config.policy, self.kv, self._chunk_limit, config.max_sequences)
-        self._requests: dict[str, Request] = {}
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
-        self._ending: dict[str, Request] = {}
-        self._running = RunningSet(config.max_sequences)
-        self._num_prefilling = 0
-        self._num_arrived = 0
-        self._num_steps = 0
-        self._num_preemptions = 0
-        self._num_queried_tokens = 0
-        self._num_hit_tokens = 0
-        self._num_retired = 0
-        self._flights: deque[_Flight] = deque()
-        self._unreported: list[str] = []  # preempted or gone while nothing could be planned
-        self._left: list[str] = []
-        self._stop_sets: Counter[frozenset[int]] = Counter()
-        self._stop_ids = np.zeros(0, dtype=np.int64)
-
-    # --- requests in and out ------------------------------------------------------------------------------------
-
-    def add_request(self, request: Request) -> None:
-        """Queue a new request; raises ValueError, with the numbers, for one that could never run to its end."""
-        if request.request_id in self._requests:
-            raise ValueError(f"request id {request.request_id!r} is in use; allowed: an id no live request has")
-        if request.arrival != -1:
-            raise ValueError(f"request {request.request_id!r} was added before; make a new Request of it")
-        max_total_tokens = self.check_fits(request)
-        request.max_total_tokens = max_total_tokens
-        request.arrival = self._num_arrived
-        self._num_arrived += 1
-        self._requests[request.request_id] = request
-        self._waiting[request.request_id] = request
-        self._stop_sets[request.stop_ids] += 1
-        if self._stop_sets[request.stop_ids] == 1:
-            self._gather_stop_ids()
-
-    def check_fits(self, request: Request) -> int:
-        """The most tokens the request can reach; raises ValueError when it cannot get there."""
-        config, name, num_prompt = self.config, f"request {request.request_id!r}", request.num_prompt_tokens
-        if num_prompt == 0:
-            raise ValueError(f"{name}: the prompt is empty; allowed: at least one token, such as the bos token")
-        if num_prompt >= config.max_seq_len:
-            raise ValueError(
-                f"{name}: the prompt has {num_prompt} tokens and max_seq_len is {config.max_seq_len}; allowed: at "
-                f"most {config.max_seq_len - 1}; shorten the prompt or raise max_seq_len"
-            )
-        if not config.chunked_prefill and num_prompt > config.max_batch_tokens:
-            raise ValueError(
-                f"{name}: the prompt has {num_prompt} tokens and max_batch_tokens is {config.max_batch_tokens} with "
-                f"chunked_prefill=False; shorten the prompt, raise max_batch_tokens or allow chunked_prefill"
-            )
-        max_tokens = request.params.max_tokens
-        limit = config.max_seq_len if max_tokens is None else min(num_prompt + max_tokens, config.max_seq_len)
-        for i, (group, need) in enumerate(zip(config.groups, self.kv.blocks_needed(limit - 1, self._chunk_limit))):
-            if need > group.num_blocks:
-                window = f", window {group.window}, chunks of {self._chunk_limit}" if group.window else ""
-                raise ValueError(
-                    f"{name}: prompt {num_prompt} + max_tokens {max_tokens} (max_seq_len {config.max_seq_len}) is "
-                    f"{limit} tokens, which needs {need} blocks of cache group {i} (block size {group.block_size}"
-                    f"{window}); it has {group.num_blocks}; lower max_tokens"
-                    f"{' or max_chunk_tokens' if window else ''} or give the KV cache more blocks"
-                )
-        return limit
-
-    def abort(self, request_id: str) -> bool:
-        """End a request at once; False when no live request has the id. A step in flight drops its result."""
-        return self.finish(request_id, FinishReason.ABORT)
-
-    def finish(self, request_id: str, reason: FinishReason, stop_reason: int | str | None = None) -> bool:
-        """End a request for a reason found outside, such as a stop string; False when the id is not live.
-
-        Its blocks are free at once; what is computed of it stays in the prefix cache.
-        """
-        request = self._requests.get(request_id)
-        if request is None:
-            return False
-        request.finish_reason, request.stop_reason = reason, stop_reason
-        if request.status is _RUNNING:
-            self._running.remove(request)
-        self._retire(request)
-        return True
-
-    def _retire(self, request: Request) -> None:
-        """End a request, except for its place in the running list."""
-        if request.status is _RUNNING:
-            self._end_run(request)
-        elif request.status is RequestStatus.ENDING:
-            del self._ending[request.request_id]
-        else:
-            del self._waiting[request.request_id]
-        request.status = _FINISHED
-        request.draft_token_ids = []
-        del self._requests[request.request_id]
-        self._num_retired += 1
-        self._stop_sets[request.stop_ids] -= 1
-        if not self._stop_sets[request.stop_ids]:
-            del self._stop_sets[request.stop_ids]
-            self._gather_stop_ids()
-
-    def _gather_stop_ids(self) -> None:
-        self._stop_ids = np.array(sorted(frozenset().union(*self._stop_sets)), dtype=np.int64)
-
-    def _end_run(self, request: Request) -> None:
-        """Take blocks and reservation from a request that leaves the running list."""
-        self._num_prefilling -= request.prefilling
-        request.prefilling = False
-        self.kv.free(request)
-        self._policy.released(request)
 
     # --- planning -----------------------------------------------------------------------------------------------
 
@@ -240,10 +113,10 @@ class Scheduler:
         self._unreported, self._left = [], []
         plan = StepPlan(self._num_steps, others, num_tokens, preempted, left, decodes, starts, last, step.on_top)
         self._num_steps += 1
-        self._flights.append(_Flight(plan, self._num_retired))
+        self._flights.append(Flight(plan, self._num_retired))
         return plan
 
-    def _check_ahead(self, flight: _Flight) -> None:
+    def _check_ahead(self, flight: Flight) -> None:
         step_id = flight.plan.step_id
         if len(self._flights) == 2:
             raise RuntimeError(
@@ -289,11 +162,6 @@ class Scheduler:
             else:
                 step.chosen[index] = False
                 self._plan_decode(step, request, index)
-
-    @staticmethod
-    def _due(request: Request) -> int:
-        """The position at which a decoding request next needs a block, has one to name or give back, or ends."""
-        return min(request.kv_capacity, request.kv_next_event, request.max_total_tokens - 1)
 
     def _plan_decode(self, step: _Step, request: Request, index: int) -> None:
         """One token, and as spare tokens and blocks allow the rest up to the last one and its drafts."""
@@ -404,25 +272,6 @@ class Scheduler:
 
     # --- results ------------------------------------------------------------------------------------------------
 
-    def _advance(self, flight: _Flight) -> None:
-        """Count in what a launched step computes: prompts end, blocks get names or go back."""
-        if flight.advanced:
-            return
-        flight.advanced = True
-        running = self._running
-        running.advance()
-        for index in running.wanting_a_look():
-            request = running.requests[index]
-            computed = request.num_computed_tokens
-            if request.prefilling and computed >= request.prefill_end:
-                request.prefilling = False
-                running.decoding[index] = True
-                self._num_prefilling -= 1
-            if computed >= request.kv_next_event:
-                self.kv.advance(request)
-            if not request.prefilling and request.num_tokens == computed:
-                running.due[index] = self._due(request)
-
     def update(self, plan: StepPlan, sampled: Tokens) -> list[RequestUpdate]:
         """Take in a step's result: sampled[i] are the tokens of plan.scheduled[i], [] where it does not sample.
 
@@ -456,11 +305,12 @@ class Scheduler:
             self._running.keep_running()
         return updates
 
-    def _take_decodes(self, flight: _Flight, tokens: npt.NDArray[np.int64], updates: list[RequestUpdate]) -> None:
+    def _take_decodes(self, flight: Flight, tokens: npt.NDArray[np.int64], updates: list[RequestUpdate]) -> None:
         """One new token of every decode; those that may end something are looked at one by one."""
         decodes, may_end = flight.plan.decodes, flight.plan.last
-        if len(self._stop_ids):
-            may_end = may_end | np.isin(tokens, self._stop_ids)
+        stop_ids = self._all_stop_ids()
+        if len(stop_ids):
+            may_end = may_end | np.isin(tokens, stop_ids)
         if self._num_retired != flight.num_retired:
             may_end = may_end | np.array([request.status is _FINISHED for request in decodes], dtype=np.bool_)
         values, begin = tokens.tolist(), 0
@@ -507,7 +357,7 @@ class Scheduler:
         if computed >= request.kv_next_event:
             self.kv.advance(request)
 
-    def _check_plan(self, plan: StepPlan) -> _Flight:
+    def _check_plan(self, plan: StepPlan) -> Flight:
         if not self._flights or self._flights[0].plan is not plan:
             oldest = "none" if not self._flights else self._flights[0].plan.step_id
             raise ValueError(
@@ -544,64 +394,6 @@ class Scheduler:
                     f"request {row.request.request_id!r} got {len(tokens)} sampled tokens in step {plan.step_id}, after "
                     "the next step was planned; allowed: one"
                 )
-
-    # --- inspection ---------------------------------------------------------------------------------------------
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is running or waiting."""
-        return bool(self._requests)
-
-    @property
-    def running(self) -> tuple[Request, ...]:
-        """The running requests by arrival."""
-        return tuple(self._running.requests)
-
-    @property
-    def waiting(self) -> tuple[Request, ...]:
-        """The waiting requests by arrival."""
-        return tuple(self._waiting.values())
-
-    @property
-    def stats(self) -> SchedulerStats:
-        """Present load and counts since the start."""
-        return SchedulerStats(
-            running=len(self._running) + len(self._ending),
-            waiting=len(self._waiting),
-            groups=tuple(
-                GroupStats(total=pool.num_blocks, used=pool.num_used, cached=pool.num_cached) for pool in self.kv.pools
-            ),
-            prefix_queried_tokens=self._num_queried_tokens,
-            prefix_hit_tokens=self._num_hit_tokens,
-            preemptions=self._num_preemptions,
-            steps=self._num_steps,
-        )
-
-    def check_integrity(self) -> None:
-        """Prove that queues, statuses, counters and blocks agree; raises AssertionError. For tests and idle times."""
-        self.kv.check_integrity()
-        arrivals = [request.arrival for request in (*self._running, *self._waiting.values())]
-        assert arrivals == sorted(set(arrivals)), f"not in order of arrival, running before waiting: {arrivals}"
-        live = {id(request) for request in (*self._running, *self._ending.values(), *self._waiting.values())}
-        assert live == {id(request) for request in self._requests.values()}, "a live request is in no queue"
-        assert len(self._running) <= self.config.max_sequences, f"{len(self._running)} requests are running"
-        assert {id(request) for request in self._running} == {id(r) for r in self.kv.admitted_requests}, "tables"
-        on_top = len(self._flights) == 2 or (len(self._flights) == 1 and self._flights[0].advanced)
-        assert on_top or not self._ending, "a request waits for a token that is not in flight"
-        for index, request in enumerate(self._running):
-            name = f"request {request.request_id!r}"
-            assert request.status is _RUNNING, f"{name} is in the running list with status {request.status}"
-            assert request.prefilling == (request.num_computed_tokens < request.prefill_end), f"{name}: prefilling"
-            assert request.prefilling != self._running.decoding[index], f"{name}: decoding"
-            assert request.num_computed_tokens == self._running.next[index], f"{name}: next"
-            assert request.num_computed_tokens < request.num_tokens + on_top, f"{name}: computed"
-            assert request.num_tokens < request.max_total_tokens == self._running.limit[index], f"{name}: lengths"
-        for request in self._ending.values():
-            assert request.status is RequestStatus.ENDING and not any(request.block_ids), f"{request.request_id!r} ends"
-        for request in self._waiting.values():
-            assert request.status is RequestStatus.WAITING, f"{request.request_id!r} waits as {request.status}"
-            assert request.num_computed_tokens == 0 and not any(request.block_ids), f"{request.request_id!r} waits"
-        assert self._num_prefilling == sum(request.prefilling for request in self._running), "prefilling count"
 
 
 def _num_accepted(new_tokens: Sequence[int], drafts: Sequence[int], num_drafts: int) -> int:

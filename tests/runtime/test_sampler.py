@@ -9,11 +9,11 @@ from camshaft.runtime.logits import SamplingState
 from camshaft.runtime.sampler import (
     PREFIX,
     Sampler,
+    TokenLogprobs,
     counter_uniform,
     derive_seed,
     greedy_tokens,
     invert_cumulative,
-    TokenLogprobs,
     token_logprobs,
 )
 from camshaft.runtime.sampling_params import SamplingParams

@@ -812,6 +812,7 @@ def test_the_scheduler_needs_no_torch() -> None:
         "kv_cache",
         "policies",
         "plan",
+        "queues",
         "running",
         "scheduler",
         "trace",
