@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels.dispatch import paged_attention
+from .kernels.state import AttentionState
 from .segment import AttentionStep, Plan, SegmentStep
 from .targets.base import Bound, Lowered
 
@@ -31,10 +32,20 @@ class Executor:
     """One pass through a plan. Slots are numbered; a slot is freed after its last reader.
 
     lowered: the segments by id. weights: name -> tensor on `device`. caches: (k, v) tensors per layer, may be set later.
+    batch_invariant: attention's results of a token do not depend, to the last bit, on what else is in its step (CUDA).
     """
 
-    def __init__(self, plan: Plan, lowered: Mapping[str, Lowered], weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        lowered: Mapping[str, Lowered],
+        weights: Mapping[str, Tensor],
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
         self.caches: list[tuple[Tensor, Tensor]] = []
+        self._batch_invariant = batch_invariant
+        self._attention_state = AttentionState()
         self._slots: dict[str, int] = {}
         self._inputs = [self._slot(name) for name in plan.inputs]
         last_use = _last_uses(plan)
@@ -95,6 +106,8 @@ class Executor:
                 alibi_slopes=slopes,
                 max_query_len=context.max_query_len,
                 max_seq_len=context.max_seq_len,
+                batch_invariant=self._batch_invariant,
+                state=self._attention_state,
             )
             slots[out] = result[None]
             for slot in frees:
@@ -104,6 +117,7 @@ class Executor:
 
     def run(self, inputs: Sequence[Tensor], context: StepContext | None = None) -> list[Tensor]:
         """The plan's outputs for its inputs, in the order of `plan.inputs`."""
+        self._attention_state.begin_step()
         slots: list[Tensor | None] = [None] * self._num_slots
         for slot, value in zip(self._inputs, inputs):
             slots[slot] = value

@@ -32,12 +32,15 @@ def make_case(
     lengths: list[tuple[int, int]], *, heads: int = 4, kv_heads: int = 2, dim: int = 16, value_dim: int | None = None,
     block_size: int = 16, window: int = 0, softcap: float = 0.0, sinks: bool = False, alibi: bool = False,
     padding: int = 0, fused_qkv: bool = False, shared_blocks: int = 0, dtype: torch.dtype = torch.float32,
-    device: str = "cpu", seed: int = 0, score_scale: float = 1.0,
+    device: str = "cpu", seed: int = 0, score_scale: float = 1.0, cache_dtype: torch.dtype | None = None,
+    head_major: bool = False,
 ) -> Case:  # fmt: skip
     """A batch of sequences given as (query rows, tokens after the step), with shuffled blocks and NaN in unused slots.
 
     `shared_blocks`: that many first blocks are the same for all sequences. `fused_qkv`: q, k, v are slices of one
     buffer. Blocks that lie wholly behind the window are freed: their table entries point at block 0, full of NaN.
+    `cache_dtype`: of the caches, if it is not `dtype`; keys and values are numbers that it holds exactly.
+    `head_major`: blocks lie in memory as [kv heads, block size, dim].
     """
     rng = torch.Generator().manual_seed(seed)
     value_dim = value_dim or dim
@@ -45,7 +48,11 @@ def make_case(
     total = rows + padding
 
     def rand(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng).to(dtype).float()
+        numbers = torch.randn(*shape, generator=rng).to(dtype).float()
+        if cache_dtype is None:
+            return numbers
+        numbers = numbers.to(cache_dtype).float()
+        return numbers.masked_fill(numbers.abs() < 2**-6, 0.0)  # no subnormal ones: the interpreter flushes them
 
     if fused_qkv:
         widths = [heads * dim, kv_heads * dim, kv_heads * value_dim]
@@ -79,6 +86,9 @@ def make_case(
         freed = max(0, done + 1 - window) // block_size if window and n else 0
         tables[s, : needed[s]] = torch.tensor([0 if b < freed else block for b, block in enumerate(blocks)])
         starts.append(start + n)
+    k_cache, v_cache = (cache.to(cache_dtype or dtype) for cache in (k_cache, v_cache))
+    if head_major:
+        k_cache, v_cache = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (k_cache, v_cache))
     tensors = {
         "q": q, "k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slots, "block_tables": tables,
         "query_start": torch.tensor(starts, dtype=torch.int32),
@@ -92,7 +102,7 @@ def make_case(
         "max_seq_len": max((length for _, length in lengths), default=0),
     }  # fmt: skip
     if device != "cpu":  # a copy would drop the strides of fused slices
-        moved = {name: t.to(device) for name, t in tensors.items()}
+        moved = {name: t.to(device) for name, t in tensors.items()}  # keeps the strides of what fills its memory
         if fused_qkv:
             whole = torch.cat([t.flatten(1) for t in (q, k, v)], dim=1).to(device)
             cut = whole.split([t.shape[1] * t.shape[2] for t in (q, k, v)], dim=1)

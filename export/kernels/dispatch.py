@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .state import AttentionState
 
 _log = logging.getLogger(__name__)
 
@@ -37,21 +38,33 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     max_query_len: int,
     max_seq_len: int,
+    batch_invariant: bool = False,
+    state: AttentionState | None = None,
 ) -> Tensor:
     """Write k and v into the paged cache, then attend over it, with the kernel for this device and dtype.
 
     See `reference.paged_attention` for the arguments and the result. Where the C kernel cannot be compiled, the
     reference is used and one warning names the cause.
 
+    Args:
+        batch_invariant: on CUDA, a row's result does not depend, to the last bit, on what else is in the step.
+        state: what the calls of one stream share on CUDA.
+
     Raises:
-        ValueError: arguments that do not fit each other.
+        ValueError: arguments that do not fit each other; `batch_invariant` on the CPU.
         RuntimeError: CUDA tensors without Triton.
     """
     if q.device.type == "cuda":
         from . import triton
 
-        kernel = triton.paged_attention
-    elif cpu.supports(q, k_cache):
+        return triton.paged_attention(
+            q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, scale=scale, window=window,
+            softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, max_query_len=max_query_len,
+            max_seq_len=max_seq_len, batch_invariant=batch_invariant, state=state,
+        )  # fmt: skip
+    if batch_invariant:
+        raise ValueError(f"batch-invariant attention runs on CUDA; q is on {q.device}: build without batch_invariant")
+    if cpu.supports(q, k_cache):
         available = cpu.is_available()
         if available:
             kernel = cpu.paged_attention

@@ -20,6 +20,7 @@ if not torch.cuda.is_available() and not INTERPRET:
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from camshaft.export.kernels import dispatch, triton  # noqa: E402
+from camshaft.export.kernels.state import AttentionState  # noqa: E402
 from camshaft.export.kernels.triton.attention import num_processors  # noqa: E402
 from camshaft.export.kernels.triton.configs import DecodeConfig, num_splits  # noqa: E402
 
@@ -44,9 +45,10 @@ def check(case: Case, dtype: torch.dtype, kernel: Any = None, score_scale: float
     print(f"  {str(dtype):15} max error {error:.2e}", end="")
     tolerance = TOLERANCE[dtype] * score_scale
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
-    slots = case.tensors["slot_mapping"]
-    before.flatten(0, 1)[slots[slots >= 0]] = case.tensors["k"][slots >= 0]
-    torch.testing.assert_close(case.tensors["k_cache"], before, rtol=0, atol=0, equal_nan=True)
+    slots = case.tensors["slot_mapping"].cpu()
+    kept, cache, block_size = slots >= 0, before.cpu().float(), before.shape[1]
+    cache[slots[kept] // block_size, slots[kept] % block_size] = case.tensors["k"].cpu()[kept].float()
+    torch.testing.assert_close(case.tensors["k_cache"].cpu().float(), cache, rtol=0, atol=0, equal_nan=True)
 
 
 QUICK = [(dim, HALF) for dim in (16, 64, 80, 96, 128, 256)] + [(128, torch.float16), (64, torch.float32)]
@@ -79,6 +81,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"fused_qkv": True, "padding": 3, "value_dim": 24},
     {"block_size": 32},
     {"block_size": 64, "window": 70},
+    {"head_major": True, "padding": 2},
+    {"cache_dtype": torch.float8_e4m3fn, "dim": 64, "padding": 2},
+    {"cache_dtype": torch.float8_e4m3fn, "sinks": True, "window": 20, "head_major": True},
 ]
 
 
@@ -98,8 +103,75 @@ def test_split_decode(options: dict[str, Any]) -> None:
     check(case, torch.float32)
 
 
+@pytest.mark.parametrize("join", ["kernel", "last"])
+@pytest.mark.parametrize("options", [{}, {"sinks": True, "window": 400, "alibi": True}, {"heads": 14}], ids=str)
+def test_who_joins_the_splits(join: Any, options: dict[str, Any]) -> None:
+    """Twice with one state: the counters are back at zero after a call. In a mixed step, too."""
+    state = AttentionState()
+    config = DecodeConfig(block_n=32, num_warps=4, num_stages=1, min_span=64, join=join, programs_per_processor=2)
+    for lengths in (LONG, LONG, [*LONG, (3, 70)]):
+        case = make_case(lengths, dim=32, dtype=torch.float32, device=DEVICE, **options)
+        state.begin_step()
+        check(case, torch.float32, lambda **arguments: triton.paged_attention(**arguments, state=state, decode=config))
+    assert state._counters is None or not state._counters.any()
+
+
+def test_layers_share_the_tiles_of_a_step() -> None:
+    state = AttentionState()
+    for seed in range(2):
+        case = make_case(MIXED, device=DEVICE, seed=seed)
+        check(case, torch.float32, lambda **arguments: triton.paged_attention(**arguments, state=state))
+    (tiles,) = state.tiles.values()
+    assert tiles[0, 0] == sum(-(-n // 16) for n, _ in MIXED if n > 1)  # 32 query vectors of 2 heads a kv head
+    state.begin_step()
+    assert not state.tiles
+
+
+def test_tiles_of_many_sequences() -> None:
+    """More sequences than a program of `tiles_kernel` adds up at once."""
+    lengths = [(1, 3)] * 300 + [(40, 40), (0, 0), (2, 9)] + [(1, 2)] * 100 + [(17, 20)]
+    check(make_case(lengths, kv_heads=1, heads=2, device=DEVICE), torch.float32)
+
+
+def test_fp8_cache_saturates() -> None:
+    """Keys and values beyond 448 are stored as 448."""
+    for lengths in ([(1, 40), (1, 7)], [(4, 9), (1, 3)]):
+        case = make_case(lengths, dtype=HALF, cache_dtype=torch.float8_e4m3fn, device=DEVICE)
+        case.tensors["k"][0, 0, 0], case.tensors["v"][0, 0, 1] = 5000.0, -5000.0
+        case.call(triton.paged_attention)
+        slot = int(case.tensors["slot_mapping"][0])
+        k_cache, v_cache = (case.tensors[name][slot // 16, slot % 16].float() for name in ("k_cache", "v_cache"))
+        assert k_cache[0, 0] == 448 and v_cache[0, 1] == -448
+
+
+INVARIANT: list[dict[str, Any]] = [{}, {"window": 40, "sinks": True}, {"softcap": 5.0, "alibi": True}]
+
+
+@pytest.mark.parametrize("options", INVARIANT, ids=str)
+def test_batch_invariance(options: dict[str, Any]) -> None:
+    """A row of a batch equals, to the last bit, the row computed alone, in another chunk, or in another batch."""
+    case = make_case([(1, 70), (150, 200), (3, 3)], dim=64, dtype=HALF, device=DEVICE, **options)
+    check(case, HALF, lambda **arguments: triton.paged_attention(**arguments, batch_invariant=True))
+    tensors, rows = case.tensors, slice(1, 151)
+    whole = case.call(triton.paged_attention, batch_invariant=True)[rows]
+    nothing = torch.full_like(tensors["slot_mapping"], -1)  # the cache holds all keys by now
+    for first, end in ((0, 150), (0, 1), (149, 150), (17, 90), (64, 128)):
+        cut = slice(1 + first, 1 + end)
+        chunk = tensors | {name: tensors[name][cut] for name in ("q", "k", "v")}
+        chunk |= {
+            "slot_mapping": nothing[cut], "block_tables": tensors["block_tables"][1:2],
+            "query_start": torch.tensor([0, end - first], dtype=torch.int32, device=DEVICE),
+            "seq_lens": torch.tensor([50 + end], dtype=torch.int32, device=DEVICE),
+        }  # fmt: skip
+        bounds = {"max_query_len": end - first, "max_seq_len": 50 + end, "batch_invariant": True}
+        alone = triton.paged_attention(**(case.options | chunk | bounds))
+        # the interpreter's products (NumPy's) depend on a row's place in the matrix
+        tolerance = 2e-3 if INTERPRET else 0.0
+        torch.testing.assert_close(alone, whole[first:end], rtol=0, atol=tolerance, msg=f"rows {first} to {end}")
+
+
 def test_decode_and_mixed_kernels_agree() -> None:
-    """A bound that is not tight picks the other kernel and gives the same answer."""
+    """A bound that is not tight launches the other kernels too and gives the same answer."""
     case = make_case(DECODE, device=DEVICE, sinks=True)
     split = case.clone().call(triton.paged_attention)
     case.options["max_query_len"] = 16

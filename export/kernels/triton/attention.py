@@ -99,7 +99,7 @@ class _Call:
             "WINDOW": self.window, "SOFTCAP": self.softcap > 0, "SINKS": self.sinks is not None,
             "ALIBI": self.alibi_slopes is not None, "BLOCK_SIZE": self.k_cache.shape[1], "KV": self.num_kv_heads,
             "GROUP": self.group, "D": self.q.shape[2], "DV": self.v.shape[2], "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-            "SAME_STRIDES": self.k_cache.stride() == self.v_cache.stride(),
+            "SAME_STRIDES": self.k_cache.stride() == self.v_cache.stride(), "ASM": self.q.is_cuda,
         }  # fmt: skip
 
 

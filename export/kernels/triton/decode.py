@@ -26,7 +26,7 @@ def decode_kernel(
     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
     WRITE: tl.constexpr, SPLITS: tl.constexpr, MIN_SPAN: tl.constexpr, JOIN: tl.constexpr, BLOCK_G: tl.constexpr,
-    NUM_STAGES: tl.constexpr, PDL: tl.constexpr,
+    NUM_STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # WRITE: all sequences have one row at most; the new keys and values are stored here, and padding rows zeroed.
     # JOIN: the program of a (sequence, kv head) that ends last adds the splits up; `arrived` [S, KV] is 0 before and after.
@@ -102,7 +102,7 @@ def decode_kernel(
         k_cache=k_cache + kv * kc_head, v_cache=v_cache + kv * vc_head, kc_block=kc_block, kc_offset=kc_offset,
         vc_block=vc_block, vc_offset=vc_offset, scale=scale, softcap=softcap, MASKED=True, WINDOW=WINDOW,
         SOFTCAP=SOFTCAP, ALIBI=ALIBI, BLOCK_SIZE=BLOCK_SIZE, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
-        BLOCK_N=BLOCK_N, SAME_STRIDES=SAME_STRIDES, NUM_STAGES=NUM_STAGES,
+        BLOCK_N=BLOCK_N, SAME_STRIDES=SAME_STRIDES, NUM_STAGES=NUM_STAGES, ASM=ASM,
     )  # fmt: skip
     total = tl.sum(totals, 1)
     num_active = tl.cdiv(length - begin, span)

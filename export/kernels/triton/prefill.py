@@ -22,7 +22,7 @@ def prefill_kernel(
     Q_SCALE: tl.constexpr, COMPUTE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     ALIBI: tl.constexpr, BLOCK_SIZE: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAME_STRIDES: tl.constexpr, MASK_ALL: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SAME_STRIDES: tl.constexpr, MASK_ALL: tl.constexpr, NUM_STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     # MASK_ALL: every block goes through the same code, so that a row's result does not depend on its place in a tile.
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
@@ -70,13 +70,13 @@ def prefill_kernel(
             acc, top, total = attend_keys(
                 queries, acc, top, total, row_position, slope, first_key, start, diagonal, table, keys, values,
                 kc_block, kc_offset, vc_block, vc_offset, scale, softcap, False, WINDOW, SOFTCAP, ALIBI, BLOCK_SIZE,
-                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, SAME_STRIDES, NUM_STAGES,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, SAME_STRIDES, NUM_STAGES, ASM,
             )  # fmt: skip
             start = diagonal
         acc, top, total = attend_keys(
             queries, acc, top, total, row_position, slope, first_key, start, stop, table, keys, values,
             kc_block, kc_offset, vc_block, vc_offset, scale, softcap, True, WINDOW, SOFTCAP, ALIBI, BLOCK_SIZE,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, SAME_STRIDES, NUM_STAGES,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, SAME_STRIDES, NUM_STAGES, ASM,
         )  # fmt: skip
         result = acc / total[:, None]
         to = out + (packed_row * (H * DV) + head * DV)[:, None] + offs_dv[None, :]

@@ -18,6 +18,25 @@ def saturate(x, cache):
 
 
 @triton.jit
+def widen(x, dtype: tl.constexpr, ASM: tl.constexpr):
+    # x as numbers that tl.dot multiplies. fp8 -> float16 is written out: the compiler would otherwise convert behind the
+    # shared memory, and read values from it one byte at a time, because 8-bit tiles cannot be transposed on the way.
+    if ASM and x.dtype == tl.float8e4nv and dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high;
+            mov.b32 {low, high}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }
+            """,
+            "=r,=r,r", [x], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+    return x.to(dtype)
+
+
+@triton.jit
 def shape_scores(scores, distance, slope, scale, softcap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr):
     # Products q . k -> logits / exponent_scale(scale), where the distance of a key to its row, j - i, is at most 0
     if SOFTCAP:
@@ -41,7 +60,7 @@ def attend_keys(
     kc_block, kc_offset, vc_block, vc_offset, scale, softcap,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    SAME_STRIDES: tl.constexpr, NUM_STAGES: tl.constexpr,
+    SAME_STRIDES: tl.constexpr, NUM_STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     # Query vectors q [M, BLOCK_D] over keys [key_start, key_end), key_start a multiple of BLOCK_N. The state is acc
     # [M, BLOCK_DV], top [M] (maximum exponent) and total: [M], or [M, BLOCK_N] to be summed by the caller (one reduction
@@ -94,7 +113,7 @@ def attend_keys(
         else:
             values = tl.load(v_at)
         acc = acc * factor[:, None]
-        acc = tl.dot(weights.to(q.dtype), values.to(q.dtype), acc, input_precision="ieee")
+        acc = tl.dot(weights.to(q.dtype), widen(values, q.dtype, ASM), acc, input_precision="ieee")
         if len(total.shape) == 2:
             total = total * factor[:, None] + weights
         else:
