@@ -75,7 +75,7 @@ def start_row(name: str, documents: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def loss_rows(documents: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """For each row with a profile: the step without the profiler, how busy the GPU was, and the share of each class."""
+    """For each row with a profile: a step without the profiler, the host's work in it, and the shares of classes and of idling."""
     rows = []
     for name in PEERS:
         profile = documents[name]["results"][0].get("profile") if name in documents else None
@@ -85,13 +85,20 @@ def loss_rows(documents: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         span = profile["span_ms"]
         rows.append(
             [
-                PEERS[name].label, f"{profile['timed_step_ms']:.2f}", f"{span:.2f}",
+                PEERS[name].label, f"{profile['timed_step_ms']:.2f}", _host_ms(documents[name]), f"{span:.2f}",
                 *(f"{shares.get(kind, 0.0):.1%}" for kind in ("gemm", "attention", "norm and pointwise", "sampling")),
                 f"{shares.get('copies', 0.0) + shares.get('other', 0.0):.1%}",
                 f"{profile['kernel_gap_ms'] / span:.1%}", f"{profile['host_gap_ms'] / span:.1%}",
             ]
         )  # fmt: skip
     return rows
+
+
+def _host_ms(document: Mapping[str, Any]) -> str:
+    """Milliseconds of a step that the serving thread works, waiting aside; most of them while the GPU computes."""
+    summary = document["results"][0]["summary"]
+    names = [f"host_{part}_ms" for part in ("schedule", "launch", "deliver")]
+    return f"{sum(summary[name]['median'] for name in names):.2f}" if names[0] in summary else "-"
 
 
 def make_tables(documents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -110,8 +117,8 @@ def make_tables(documents: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [_conditions(documents), markdown(columns, rows)]
     losses = loss_rows(documents)
     if losses:
-        columns = ["A step, from the profile", "ms", "ms, profiled", "gemm", "attention", "norm, pointwise", "sampling",
-                   "copies, other", "idle between kernels", "idle, host"]  # fmt: skip
+        columns = ["A step, from the profile", "ms", "host's work, ms", "ms, profiled", "gemm", "attention",
+                   "norm, pointwise", "sampling", "copies, other", "idle between kernels", "idle, host"]  # fmt: skip
         parts.append(markdown(columns, losses))
     return "\n\n".join(parts)
 

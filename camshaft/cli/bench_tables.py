@@ -41,6 +41,11 @@ SHOWN = {
     "duration_s": "duration, s",
     "steps": "steps",
     "mean_batch_size": "sequences per step",
+    "ahead_share": "share of steps launched ahead",
+    "host_schedule_ms": "host: schedule, ms per step",
+    "host_launch_ms": "host: launch, ms per step",
+    "host_deliver_ms": "host: deliver, ms per step",
+    "host_wait_ms": "host: waits, ms per step",
     "prefix_hit_tokens": "prefix-cache hits, tokens",
     "preemptions": "preemptions",
 }

@@ -65,12 +65,13 @@ def run_latency(
     """One request after another, batch size 1.
 
     Returns decode_ms_* per token after the first, decode_tok_s (of these tokens alone), ttft_ms_*, request_s (median end-to-end
-    seconds), and output_tok_s, prompts included.
+    seconds), output_tok_s, prompts included, and what `stats_between` gives.
     """
     ttft: list[float] = []
     totals: list[float] = []
     decode: list[float] = []
     num_output = 0
+    before = llm.stats()
     for request in requests:
         engine.clear()
         start = time.perf_counter()
@@ -91,6 +92,7 @@ def run_latency(
         "request_s": sorted(totals)[len(totals) // 2],
         "output_tok_s": num_output / sum(totals),
         "output_tokens": float(num_output),
+        **stats_between(before, llm.stats()),
     }
 
 
@@ -108,13 +110,22 @@ def _request_times(outputs: Sequence[RequestOutput]) -> dict[str, float]:
 
 
 def stats_between(before: Any, after: Any) -> Repeat:
-    """What an LLM counted between two calls of `stats()`: steps, prefix_hit_tokens, preemptions, and every other time (_s) and
-    number (num_) that it keeps, such as the host's seconds per phase, under its own name with "llm_" in front.
+    """What an LLM counted between two calls of `stats()`.
+
+    steps, prefix_hit_tokens, preemptions; host_schedule_ms, host_launch_ms, host_deliver_ms and host_wait_ms, what the serving
+    thread did per step, and ahead_share, the share of steps that were launched while the one before them computed; and every
+    other number that it keeps, under its own name with "llm_" in front.
     """
-    counts = {"steps": after.scheduler.steps - before.scheduler.steps}
+    counts = {"steps": float(after.scheduler.steps - before.scheduler.steps)}
     for name in ("prefix_hit_tokens", "preemptions"):
-        counts[name] = getattr(after.scheduler, name) - getattr(before.scheduler, name)
-    return {name: float(value) for name, value in (counts | _differences("llm", before, after)).items()}
+        counts[name] = float(getattr(after.scheduler, name) - getattr(before.scheduler, name))
+    found = _differences("llm", before, after)
+    steps = found.get("llm_times_steps")
+    if steps:
+        for name in ("schedule", "launch", "deliver", "wait"):
+            counts[f"host_{name}_ms"] = 1e3 * found[f"llm_times_{name}_s"] / steps
+        counts["ahead_share"] = found["llm_times_ahead"] / steps
+    return counts | found
 
 
 def _differences(prefix: str, before: Any, after: Any) -> dict[str, float]:
@@ -127,7 +138,7 @@ def _differences(prefix: str, before: Any, after: Any) -> dict[str, float]:
         if is_dataclass(new):
             found |= _differences(name, old, new)
         elif isinstance(new, (int, float)) and isinstance(old, (int, float)):
-            found[name] = new - old
+            found[name] = float(new - old)
     return found
 
 

@@ -83,7 +83,7 @@ def ceiling_of(document: Document, result: Mapping[str, Any]) -> float | None:
     if peaks is None or document["model"].get("shape") is None or result["system"] != "camshaft":
         return None
     shape = shape_of(document)
-    if shape.precision not in peaks.flops:
+    if not {shape.precision, shape.head_precision} <= set(peaks.flops):
         return None
     workload = document["workload"]
     lengths = {name: sum(workload[name]) / 2 for name in ("input_len", "output_len")}

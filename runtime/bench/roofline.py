@@ -44,6 +44,8 @@ class ModelShape:
     attention_width: int
     precision: str
     """Key of `Peaks.flops`: the dtype of the matrix products."""
+    head_precision: str
+    """The same of the product that gives the logits."""
 
 
 def shape_facts(engine: Any) -> dict[str, Any] | None:
@@ -64,6 +66,7 @@ def shape_facts(engine: Any) -> dict[str, Any] | None:
             kv_token_bytes=sum(group.bytes_per_block for group in groups) / engine.block_size,
             attention_width=_head_width(engine.manifest.model) * sum(group.num_layers for group in groups),
             precision=config.quantize or config.dtype,
+            head_precision="fp8" if min(w.dtype.itemsize for w in vocabulary) == 1 else config.dtype,
         )
     )
 
@@ -105,8 +108,9 @@ def step_floor_s(
     """Least seconds of a step: `tokens` go through the layers, `sampled` through the head; decoding reads the keys and values of
     `kv_tokens`, and prompts attend to `attended` pairs of tokens.
     """
-    flops = 2.0 * (shape.linear_parameters * tokens + shape.head_parameters * sampled)
-    products = max(flops / peaks.flops[shape.precision], shape.step_weight_bytes / peaks.read_bytes_s)
+    layers = 2.0 * shape.linear_parameters * tokens / peaks.flops[shape.precision]
+    head = 2.0 * shape.head_parameters * sampled / peaks.flops[shape.head_precision]
+    products = max(layers + head, shape.step_weight_bytes / peaks.read_bytes_s)
     half = peaks.flops.get("bfloat16", peaks.flops[shape.precision])
     prefill = 4.0 * shape.attention_width * attended / half
     return products + prefill + kv_tokens * shape.kv_token_bytes / peaks.read_bytes_s

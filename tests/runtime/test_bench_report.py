@@ -16,7 +16,7 @@ from camshaft.runtime.bench.workload import Workload
 H200 = PEAKS["NVIDIA H200"]
 LLAMA_8B = {
     "linear_parameters": 6_979_321_856, "head_parameters": 525_336_576, "step_weight_bytes": 15_009_849_344,
-    "kv_token_bytes": 131_072.0, "attention_width": 131_072, "precision": "bfloat16",
+    "kv_token_bytes": 131_072.0, "attention_width": 131_072, "precision": "bfloat16", "head_precision": "bfloat16",
 }  # fmt: skip
 PROFILE = {
     "device": "cuda", "num_steps": 10, "span_ms": 5.0, "busy_ms": 4.5, "idle_ms": 0.5, "host_gap_ms": 0.4, "host_gaps": 1.0,
