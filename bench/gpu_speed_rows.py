@@ -51,6 +51,8 @@ ROWS = (
     Row(name="bf16-128-128", input_len=128, output_len=128, requests=4096, profile=20),
     Row(name="bf16-b1", input_len=128, output_len=256, requests=4, mode="latency", profile=20),
 )
+_WARMUP_TOKENS = 1536 * 128
+"""Of the prompts of a warm-up run: more than a full batch of short ones, so that steps of all kinds come up."""
 STARTS = ("fp8-start", "bf16-start")
 """Rows that open a saved engine in a new process."""
 
@@ -81,7 +83,7 @@ def case_of(row: Row) -> dict[str, Any]:
         "output_len": row.output_len,
         "repeats": number("REPEAT", row.name, row.repeat),
         "warmup": 1,
-        "warmup_requests": number("WARMUP_REQUESTS", row.name, min(row.requests, 1536)),
+        "warmup_requests": number("WARMUP_REQUESTS", row.name, min(row.requests, _WARMUP_TOKENS // row.input_len)),
         "warmup_output_len": 32,
         "max_sequences": number("SEQUENCES", row.name, row.sequences),
         "max_batch_tokens": number("TOKENS", row.name, row.tokens),
@@ -93,13 +95,12 @@ def case_of(row: Row) -> dict[str, Any]:
 
 
 def options_of(precision: str) -> str:
-    """What the engine of a precision is built with: limits that all of its chosen rows fit in."""
+    """What the engine of a precision is built with: limits that all of its rows fit in, so that runs of some rows share a cache."""
     cases = [case_of(row) for row in ROWS if row.precision == precision]
-    wanted = [case for case in cases if case["name"] in chosen_names()] or cases
     options = [
         f"--max-seq-len {os.environ.get('MAX_SEQ_LEN', MAX_SEQ_LEN)}",
-        f"--max-sequences {max(case['max_sequences'] for case in wanted)}",
-        f"--max-batch-tokens {max(case['max_batch_tokens'] for case in wanted)}",
+        f"--max-sequences {max(case['max_sequences'] for case in cases)}",
+        f"--max-batch-tokens {max(case['max_batch_tokens'] for case in cases)}",
         "--dtype bfloat16",
     ]
     return " ".join(options + (["--quantize fp8", "--kv-cache-dtype fp8"] if precision == "fp8" else []))
