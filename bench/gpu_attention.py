@@ -232,6 +232,8 @@ def decode_rows(with_peers: bool) -> list[dict[str, Any]]:
                     "4 programs/SM": dataclasses.replace(config, programs_per_processor=4),
                     "16 programs/SM": dataclasses.replace(config, programs_per_processor=16),
                     "span 128": dataclasses.replace(config, min_span=128),
+                    "16 keys a step and warp": dataclasses.replace(config, block_n=128, num_warps=8),
+                    "span 64": dataclasses.replace(config, min_span=64),
                     "span 512": dataclasses.replace(config, min_span=512),
                 }.items():
                     entry = decode_entry(step, decode=other)
@@ -348,8 +350,11 @@ def _flashinfer(step: Step) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep
-DECODE_TILES = [(32, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4), (128, 8)]
-PREFILL_TILES = [(128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 32, 4), (256, 64, 8), (64, 64, 4)]
+DECODE_TILES = [  # keys a step, warps, most registers
+    (32, 1, None), (32, 2, None), (32, 4, None), (64, 2, None), (64, 2, 128), (64, 4, None), (64, 4, 128),
+    (128, 4, None), (128, 4, 128), (128, 8, None), (128, 8, 64),
+]  # fmt: skip
+PREFILL_TILES = [(128, 64, 8), (128, 128, 8), (128, 32, 4), (128, 64, 4), (256, 64, 8), (64, 64, 4), (64, 128, 4)]
 
 
 def compile_all(jobs: Iterable[Callable[[], object]], threads: int) -> None:
@@ -367,16 +372,20 @@ def compile_all(jobs: Iterable[Callable[[], object]], threads: int) -> None:
 
 
 def sweep(kind: str, threads: int) -> list[dict[str, Any]]:
-    """Times tile sizes: decode of 1,024 x 600 and 8 x 1500 tokens, or prefill of 4 x 2048 tokens; the fastest first."""
+    """Times tile sizes: decode of 1,024 x 600, 8 x 1500 and 1 x 256 tokens, or prefill of 4 x 2048 tokens; the fastest first."""
     rows = []
     for cache in CACHES:
         configs: list[Any]
         if kind == "decode":
-            steps = {"1024 x 600": Step([(1, 600)] * 1024, cache), "8 x 1500": Step([(1, 1500)] * 8, cache)}
+            steps = {
+                "1024 x 600": Step([(1, 600)] * 1024, cache),
+                "8 x 1500": Step([(1, 1500)] * 8, cache),
+                "1 x 256": Step([(1, 256)], cache),
+            }
             base = decode_config(DIM, CACHES[cache].itemsize, 2)
             configs = [
-                dataclasses.replace(base, block_n=n, num_warps=w, num_stages=s)
-                for (n, w), s in itertools.product(DECODE_TILES, (1, 3, 5))
+                dataclasses.replace(base, block_n=n, num_warps=w, num_stages=s, max_registers=r)
+                for (n, w, r), s in itertools.product(DECODE_TILES, (1, 3, 5))
             ]
         else:
             steps = {"4 x 2048": Step([(2048, 2048)] * 4, cache, layers=4)}

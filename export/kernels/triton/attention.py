@@ -199,9 +199,10 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         arrived = state.counters(num_seqs * kv, device) if last else None
     # a multiple of the step, so that pieces end where steps do
     min_span = -(-config.min_span // config.block_n) * config.block_n
-    extra = {"launch_pdl": True} if config.pdl else {}
+    launch: dict[str, Any] = {"launch_pdl": True} if config.pdl else {}
+    registers: dict[str, Any] = {"maxnreg": config.max_registers} if config.max_registers else {}
     split_options = {
-        "SPLITS": splits, "MIN_SPAN": min_span, "BLOCK_G": _power_of_two(group), "PDL": config.pdl, **extra
+        "SPLITS": splits, "MIN_SPAN": min_span, "BLOCK_G": _power_of_two(group), "PDL": config.pdl, **launch
     }  # fmt: skip
     positions = max(num_seqs, call.q.shape[0]) if write else num_seqs
     decode_kernel[(kv * splits * positions,)](
@@ -211,7 +212,7 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         *call.k_cache.stride()[:3], *call.v_cache.stride()[:3], call.block_tables.stride(0),
         call.scale / call.q_scale(), call.softcap, **call.options(), BLOCK_M=max(16, _power_of_two(group)),
         BLOCK_N=config.block_n, WRITE=write, JOIN=last, NUM_STAGES=config.num_stages, num_warps=config.num_warps,
-        **split_options,
+        **split_options, **registers,
     )  # fmt: skip
     if splits > 1 and not last:
         join_kernel[(kv, num_seqs)](

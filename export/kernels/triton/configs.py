@@ -29,6 +29,8 @@ class DecodeConfig:
     join: Join = "last"
     pdl: bool = False
     """Programmatic dependent launch: the kernel's start overlaps the end of the one before it (compute capability 9.0 on)."""
+    max_registers: int | None = None
+    """Of a thread; fewer let more programs run on a processor at once. None: as many as the compiler likes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from camshaft.export.kernels import cpu, dispatch, native, reference
+from camshaft.export.kernels.state import AttentionState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paged_attention_cases import Case, dense_attention, make_case
@@ -337,3 +338,21 @@ def test_describe_names_every_kernel() -> None:
     facts = dispatch.describe()
     assert set(facts) == {"cpu float32", "other", "cuda"}
     assert facts["cuda"]["available"] or facts["cuda"]["reason"]
+
+
+def test_batch_invariance_is_refused_on_the_cpu() -> None:
+    case = make_case([(1, 5)])
+    with pytest.raises(ValueError, match="batch-invariant attention runs on CUDA; q is on cpu"):
+        case.call(dispatch.paged_attention, batch_invariant=True)
+
+
+def test_attention_state_keeps_its_counters_and_forgets_a_step() -> None:
+    state = AttentionState()
+    device = torch.device("cpu")
+    counters = state.counters(10, device)
+    assert counters is state.counters(100, device) and not counters.any()
+    more = state.counters(counters.shape[0] + 1, device)
+    assert more.shape[0] > counters.shape[0] and not more.any()
+    state.tiles[2, 32] = torch.zeros(1)
+    state.begin_step()
+    assert not state.tiles
