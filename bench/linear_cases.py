@@ -59,8 +59,8 @@ def configs(dtype: str, rows: int, n: int, k: int, quick: bool) -> Iterator[Conf
     """What is tried for T rows: only what can be fast there."""
     wide = 2 if dtype == "fp8" else 1
     if rows <= 4:
-        for block_n, block_k, warps, stages in ROWS[:3] if quick else ROWS:
-            yield RowsConfig(block_n=block_n, block_k=block_k * wide, warps=warps, stages=stages)
+        for block_n, block_k, warps, stages in ROWS[rows if rows < 3 else 4][: 2 if quick else None]:
+            yield RowsConfig(block_n=block_n, block_k=block_k, warps=warps, stages=stages)
     if rows <= 64:
         table = TILES if rows <= 16 else TILES_WIDE
         for block_n, block_k, splits, warps, stages, left in table:
@@ -78,17 +78,21 @@ def configs(dtype: str, rows: int, n: int, k: int, quick: bool) -> Iterator[Conf
             )  # fmt: skip
 
 
-# block_n, block_k (bf16; twice that for fp8), warps, stages
-ROWS = (
-    (4, 2048, 4, 1),
-    (8, 1024, 4, 3),
-    (2, 4096, 4, 1),
-    (4, 1024, 4, 1),
-    (8, 512, 4, 1),
-    (16, 512, 8, 3),
-    (4, 1024, 4, 4),
-)
-# block_n, block_k, splits, warps, stages, weight_left
+# by rows of x: block_n, block_k, warps, stages; a thread holds block_n * block_k / (32 * warps) sums for each row
+ROWS = {
+    1: (
+        (4, 2048, 4, 1),
+        (8, 1024, 4, 3),
+        (2, 4096, 4, 1),
+        (4, 1024, 4, 4),
+        (4, 4096, 8, 1),
+        (2, 2048, 4, 1),
+        (8, 512, 4, 6),
+    ),
+    2: ((4, 1024, 4, 1), (4, 1024, 4, 4), (4, 512, 4, 6), (4, 2048, 8, 1), (8, 1024, 8, 4), (2, 2048, 4, 1)),
+    4: ((4, 512, 4, 1), (4, 512, 4, 6), (4, 1024, 8, 1), (8, 512, 8, 4)),
+}
+# block_n, block_k (bf16; twice that for fp8), splits, warps, stages, weight_left
 TILES = (
     *((64, 128, splits, 4, 4, True) for splits in (1, 2, 4, 8)),
     *((64, 256, splits, 4, 3, True) for splits in (1, 2, 4)),
@@ -104,7 +108,7 @@ TILES_WIDE = (
     (128, 128, 1, 8, 3, True),
     (64, 256, 1, 4, 3, True),
 )
-# block_m, block_n, block_k, warps, stages, persistent
+# block_m, block_n, block_k (bf16; twice that for fp8), warps, stages, persistent
 TILED = (
     (128, 256, 64, 8, 3, True),
     (128, 128, 64, 8, 4, True),

@@ -10,12 +10,16 @@ Import this module only where Triton is installed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import gemm_ops
 from .gemm_skinny import RowsConfig, TileConfig, multiply_rows, multiply_tile
 from .gemm_tiled import ALIGNMENT_BYTES, TiledConfig, multiply_tiled
 
@@ -44,7 +48,7 @@ HALF_TABLE = (
 """For bf16 and fp16, first line that fits."""
 
 FP8_TABLE = (
-    Choice(rows=1, columns=_ANY, config=RowsConfig(block_n=4, block_k=4096, warps=4)),
+    Choice(rows=1, columns=_ANY, config=RowsConfig(block_n=4, block_k=2048, warps=4)),
     Choice(rows=16, columns=8192, config=TileConfig(block_n=64, block_k=256, splits=4)),
     Choice(rows=32, columns=_ANY, config=TileConfig(block_n=64, block_k=256)),
     Choice(rows=_ANY, columns=_ANY, config=None),
@@ -82,7 +86,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         config = choose(HALF_TABLE, rows.shape[0], weight.shape[0])
     if config is None:
         return F.linear(x, weight, bias)
-    return run(config, rows, weight, None, None, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return run(_early(config, x.device), rows, weight, None, None, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def scaled_linear(
@@ -96,7 +100,7 @@ def scaled_linear(
     elif config is None:
         out = scaled_library(rows, scales, weight, weight_scale, bias, dtype)
     else:
-        out = run(config, rows, weight, scales, weight_scale, bias, dtype)
+        out = run(_early(config, x.device), rows, weight, scales, weight_scale, bias, dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -107,12 +111,12 @@ def scaled_library(
 
     Only bfloat16 comes out of it, and with row-wise scales only a bfloat16 bias goes in.
     """
-    fits = bias is None or bias.dtype == torch.bfloat16
+    added = bias if bias is not None and bias.dtype != torch.bfloat16 else None
     out = torch._scaled_mm(
-        x, weight.t(), scale_a=x_scale, scale_b=weight_scale.view(1, -1), bias=bias if fits else None,
+        x, weight.t(), scale_a=x_scale, scale_b=weight_scale.view(1, -1), bias=bias if added is None else None,
         out_dtype=torch.bfloat16, use_fast_accum=True,
     )  # fmt: skip
-    return (out if fits else out + bias).to(dtype)
+    return (out if added is None else out + added).to(dtype)
 
 
 def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -132,6 +136,61 @@ def invariant_scaled_linear(
     _check_invariant(x, weight, (FP8,))
     out = run(INVARIANT_FP8, _rows(x), weight.contiguous(), x_scale.reshape(-1, 1), weight_scale, bias, dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _early(config: Config, device: torch.device) -> Config:
+    """The configuration, launched early where that is on, known to the kernel and to the GPU."""
+    if not gemm_ops.EARLY_LAUNCHES or isinstance(config, TiledConfig) or not _launches_early(device):
+        return config
+    return replace(config, overlap=True)
+
+
+@functools.cache
+def _launches_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a linear layer's kernels are compiled for: weight [n, k] of `dtype`, and whether there is a bias."""
+
+    n: int
+    k: int
+    dtype: torch.dtype
+    bias: bool = False
+
+
+ROW_CLASSES = (1, 2, 4, 16, 32, 64)
+"""Numbers of rows between which no other kernel is compiled."""
+
+
+def prepare(layers: Iterable[Layer], dtype: torch.dtype, device: torch.device) -> int:
+    """Compiles the kernels that layers need for any number of rows, several at once; those in Triton's cache are only loaded.
+
+    dtype: of the results. Call it before a CUDA graph is captured, which cannot be done while a kernel is compiled. Returns how
+    many there are.
+    """
+    jobs: dict[tuple[Config, int, int, bool], Layer] = {}
+    for layer in layers:
+        table = FP8_TABLE if layer.dtype == FP8 else HALF_TABLE
+        for rows in ROW_CLASSES:
+            config = choose(table, rows, layer.n)
+            if config is not None:
+                padded = rows if isinstance(config, RowsConfig) else max(16, rows)
+                jobs.setdefault((_early(config, device), padded, layer.k % config.block_k, layer.bias), layer)
+
+    def build(config: Config, rows: int, layer: Layer) -> None:
+        x = torch.zeros((rows, layer.k), device=device).to(layer.dtype)
+        weight = torch.zeros((64, layer.k), device=device).to(layer.dtype)
+        bias = torch.zeros(64, dtype=dtype, device=device) if layer.bias else None
+        scaled = layer.dtype == FP8
+        x_scale = torch.ones(rows, 1, device=device) if scaled else None
+        run(config, x, weight, x_scale, torch.ones(64, device=device) if scaled else None, bias, dtype)
+
+    with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as pool:  # the interpreter runs one kernel at a time
+        for job in [pool.submit(build, config, rows, layer) for (config, rows, _, _), layer in jobs.items()]:
+            job.result()
+    return len(jobs)
 
 
 def _rows(x: Tensor) -> Tensor:

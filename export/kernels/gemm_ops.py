@@ -21,6 +21,9 @@ from torch import Tensor
 from ...graph import quant_ops
 from ...graph.registry import define, implement
 
+EARLY_LAUNCHES = False
+"""Whether compiled segments launch each kernel as the one before it ends (programmatic dependent launch, 9.0 and later)."""
+
 Inline = Callable[[Any], Callable[..., Any] | None]
 """Operator -> the function that takes its place while a segment is exported, or None where it stays."""
 

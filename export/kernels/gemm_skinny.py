@@ -276,6 +276,10 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 @functools.cache
 def _counters(device: torch.device, stream: int, size: int) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the first split product on a stream cannot be captured; run the step once on that stream before"
+        )
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 

@@ -28,8 +28,11 @@ from .inductor_source import Compiled, aligned, compile_archive, open_archive
 logger = logging.getLogger(__name__)
 
 _MOE = torch.ops.camshaft.moe.default
-_INVARIANT_OPTIONS = {"deterministic": True}
-"""A kernel's reductions get one configuration, not the one that is fastest at the first size that it meets."""
+
+
+def _options(request: LowerRequest) -> dict[str, bool]:
+    """Inductor's options for CUDA. deterministic: reductions get one configuration, not the fastest at the first size they meet."""
+    return {"triton.enable_pdl": gemm_ops.EARLY_LAUNCHES, "deterministic": request.batch_invariant}
 
 
 class _InductorSegment:
@@ -90,7 +93,7 @@ class InductorTarget:
             if request.device.type == "cuda":
                 inline = gemm_ops.inline_around(ops.inline, batch_invariant=request.batch_invariant)
                 exported = export_segment(segment, request.device, request.max_tokens, inline)
-                return Built(compile_archive(exported, _INVARIANT_OPTIONS if request.batch_invariant else None))
+                return Built(compile_archive(exported, _options(request)))
             exported = export_segment(segment, request.device, request.max_tokens, ops.inline)
             aoti_compile_and_package(exported, package_path=buffer)
         except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:

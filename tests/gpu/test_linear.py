@@ -230,3 +230,9 @@ def test_captured_in_a_cuda_graph(dtype: torch.dtype, overlap: bool) -> None:
         assert all(torch.equal(result, results[0]) for result in results)
         with torch.cuda.stream(stream):
             assert torch.equal(chain(static["x"], static.get("x_scale")), results[0])
+
+
+def test_kernels_are_prepared() -> None:
+    layers = [gemm.Layer(32, 64, HALF), gemm.Layer(16384, 64, HALF, bias=True), gemm.Layer(32, 64, FP8)]
+    assert gemm.prepare(layers, HALF, torch.device(DEVICE)) >= 1
+    assert gemm.prepare([], HALF, torch.device(DEVICE)) == 0
