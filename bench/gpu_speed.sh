@@ -10,6 +10,7 @@ out=${1:?directory for the results}
 mkdir -p "$out"
 here=$(cd "$(dirname "$0")" && pwd)
 work=${WORK:-$(mktemp -d)}
+mkdir -p "$work"
 [ -n "${WORK:-}" ] || trap 'rm -rf "$work"' EXIT
 export CAMSHAFT_CACHE=${CAMSHAFT_CACHE:-$work/cache} PYTHONUNBUFFERED=1
 rows() { python3 "$here/gpu_speed_rows.py" "$@"; }
