@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import time
 
+import pytest
 from families import random_model, tiny_config
 
 import camshaft
 from camshaft import SamplingParams
 
 
-def test_two_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["in turns", "asynchronous"])
+def test_two_thousand_requests_with_aborts_leave_no_block_in_use(asynchronous: bool) -> None:
     model = random_model(tiny_config("mistral"))
     engine = camshaft.compile(
         model, target="eager", device="cpu", max_seq_len=64, max_batch_tokens=256, max_sequences=48, block_size=4
@@ -18,7 +21,9 @@ def test_two_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
     rng = random.Random(0)
     heads = [[rng.randrange(3, 128) for _ in range(12)] for _ in range(6)]
     cache_bytes = sum(group.bytes_per_block for group in engine.cache_groups) * 110
-    with camshaft.LLM(engine, kv_cache_bytes=cache_bytes, policy="max_utilization") as llm:
+    with camshaft.LLM(
+        engine, kv_cache_bytes=cache_bytes, policy="max_utilization", async_scheduling=asynchronous
+    ) as llm:
         handles = []
         for _ in range(2000):
             tail = [rng.randrange(3, 128) for _ in range(rng.randrange(1, 10))]
@@ -33,6 +38,8 @@ def test_two_thousand_requests_with_aborts_leave_no_block_in_use() -> None:
             if rng.random() < 0.1:
                 handles[rng.randrange(len(handles))][2].abort()
         results = [handle.result(timeout_s=300) for _, _, handle in handles]
+        while llm._core.has_work:
+            time.sleep(0.001)  # a step whose requests were all aborted may be in flight
         stats = llm.stats().scheduler
         llm._core.scheduler.check_integrity()
     assert stats.running == stats.waiting == 0
