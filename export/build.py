@@ -16,6 +16,7 @@ from .. import __version__
 from ..graph.program import Program
 from ..graph.verify import verify_packed
 from ..models.huggingface import ModelSource, open_model, trace_decoder
+from ..passes.base import GraphPass
 from ..passes.manager import PassManager
 from ..passes.pipeline import decoder_passes
 from . import cache
@@ -121,11 +122,15 @@ def _run_passes(program: Program, config: BuildConfig, request: BuildRequest) ->
         from ..graph.numerics import Comparison
 
         compare = Comparison(program)
-    passes = decoder_passes(
+    manager = PassManager(passes_of(config), dump_dir=request.dump_dir, compare=compare)
+    return manager.run(program)
+
+
+def passes_of(config: BuildConfig) -> list[GraphPass]:
+    """The passes of a build."""
+    return decoder_passes(
         block_size=config.block_size, quantize=config.quantize, cache_dtype=CACHE_DTYPES[config.kv_cache_dtype]
     )
-    manager = PassManager(passes, dump_dir=request.dump_dir, compare=compare)
-    return manager.run(program)
 
 
 def _lower(

@@ -144,13 +144,18 @@ def _saved(engine: Engine, path: Path) -> Engine:
 
 
 def verify_engine(engine: Engine, model: str) -> EngineCheck:
-    """The engine beside the model's captured program, run by eager on the CPU."""
+    """The engine beside the model's captured program, quantized as the engine is, run by eager on the CPU."""
     import torch
 
     from ..export.bisect import check_engine
+    from ..export.build import passes_of
     from ..models.huggingface import open_model, trace_decoder
+    from ..passes.manager import PassManager
 
-    program = trace_decoder(open_model(model, getattr(torch, engine.config.dtype)))
+    config = engine.config
+    program = trace_decoder(open_model(model, getattr(torch, config.dtype)))
+    if config.quantize is not None or config.kv_cache_dtype != "auto":
+        program = PassManager(passes_of(config)).run(program)
     return check_engine(engine, program)
 
 
