@@ -5,6 +5,10 @@
     camshaft::scaled_linear              (defined in graph/quant_ops.py; its CUDA kernels are registered here)
     camshaft::invariant_scaled_linear    scaled_linear, with a row's result independent of the other rows, to the last bit
 
+Two operators that end in a quantization have kernels written by hand (`row_quantize`), used where WHOLE_QUANTIZATIONS names them:
+
+    camshaft::add_rms_norm_quantize, camshaft::glu_quantize    (defined in graph/ops.py)
+
 Importing this registers them and imports neither Triton nor CUDA. Compiled segments name them, so it is imported before one is
 opened. On the CPU they are their definitions, and nothing is promised of invariance.
 """
@@ -18,11 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...graph import ops as _semantic_ops  # noqa: F401  defines the operators
 from ...graph import quant_ops
 from ...graph.registry import define, implement
 
 EARLY_LAUNCHES = False
 """Whether compiled segments launch each kernel as the one before it ends (programmatic dependent launch, 9.0 and later)."""
+
+WHOLE_QUANTIZATIONS: frozenset[str] = frozenset()
+"""Which of "add_rms_norm_quantize" and "glu_quantize" run in the kernels written by hand; Inductor makes the others.
+
+Not together with EARLY_LAUNCHES: Inductor's kernels wait for the node before them, which among several outputs may be another.
+"""
 
 Inline = Callable[[Any], Callable[..., Any] | None]
 """Operator -> the function that takes its place while a segment is exported, or None where it stays."""
@@ -82,6 +93,22 @@ def _invariant_scaled_linear(
     return gemm.invariant_scaled_linear(x, x_scale, weight, weight_scale, bias, dtype)
 
 
+def _add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import row_quantize
+
+    return row_quantize.add_rms_norm_quantize(x.contiguous(), residual.contiguous(), weight, eps, offset, cast_first)
+
+
+def _glu_quantize(gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    from . import row_quantize
+
+    return row_quantize.glu_quantize(gate_up.contiguous(), activation)
+
+
+implement("add_rms_norm_quantize", _add_rms_norm_quantize, "CUDA")
+implement("glu_quantize", _glu_quantize, "CUDA")
 implement("linear", _linear, "CUDA")
 implement("invariant_linear", _invariant_linear, "CUDA")
 implement("scaled_linear", _scaled_linear, "CUDA")
@@ -101,6 +128,8 @@ def inline_around(inline: Inline, *, batch_invariant: bool) -> Inline:
             return _whole_invariant if batch_invariant else _whole
         if target is _SCALED:
             return torch.ops.camshaft.invariant_scaled_linear.default if batch_invariant else None
+        if any(target is getattr(torch.ops.camshaft, name).default for name in WHOLE_QUANTIZATIONS):
+            return None
         return inline(target)
 
     return chosen

@@ -36,7 +36,7 @@ def _store_quantized(values, out, scale, row, column, keep, WIDTH: tl.constexpr)
 @triton.jit
 def _norm_kernel(
     x, residual, weight, total, out, scale, eps, offset,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, CAST_FIRST: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GAIN: tl.constexpr, CAST_FIRST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -47,11 +47,12 @@ def _norm_kernel(
     tl.store(total + row * WIDTH + column, rounded, mask=keep)
     wide = rounded.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
-    gain = tl.load(weight + column, mask=keep, other=0.0).to(tl.float32)
-    if CAST_FIRST:
-        normed = normed.to(total.dtype.element_ty).to(tl.float32) * gain
-    else:
-        normed = normed * (gain + offset)
+    if GAIN:
+        gain = tl.load(weight + column, mask=keep, other=0.0).to(tl.float32)
+        if CAST_FIRST:
+            normed = normed.to(total.dtype.element_ty).to(tl.float32) * gain
+        else:
+            normed = normed * (gain + offset)
     normed = normed.to(total.dtype.element_ty).to(tl.float32)
     _store_quantized(normed, out, scale, row, column, keep, WIDTH)
 
@@ -78,9 +79,15 @@ def _glu_kernel(y, out, scale, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACTIVAT
 
 
 def add_rms_norm_quantize(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool, dtype: torch.dtype = FP8
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
+    dtype: torch.dtype = FP8,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual [.., H] (contiguous), weight [H] -> (float8_e4m3fn [.., H], scales fp32 [.., 1], x + residual).
+    """x, residual [.., H] (contiguous), weight [H] or None -> (float8_e4m3fn [.., H], scales fp32 [.., 1], x + residual).
 
     dtype: of the first result; another one than float8_e4m3fn leaves the scaled values unrounded, for tests.
     """
@@ -92,8 +99,8 @@ def add_rms_norm_quantize(
         block = triton.next_power_of_2(width)
         with on_device(x):
             _norm_kernel[(x.numel() // width,)](
-                x, residual, weight, total, out, scale, eps, offset, WIDTH=width, BLOCK=block, CAST_FIRST=cast_first,
-                num_warps=_warps(block),
+                x, residual, weight, total, out, scale, eps, offset, WIDTH=width, BLOCK=block, GAIN=weight is not None,
+                CAST_FIRST=cast_first,                num_warps=_warps(block),
             )  # fmt: skip
     return out, scale, total
 

@@ -172,11 +172,11 @@ def _same_quantized(actual: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("cast_first", [True, False])
-def test_add_rms_norm_quantize(rows: int, cast_first: bool) -> None:
+@pytest.mark.parametrize("cast_first,gain", [(True, True), (False, True), (False, False)])
+def test_add_rms_norm_quantize(rows: int, cast_first: bool, gain: bool) -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(2, 1, rows, 200).to(DEVICE, HALF)
-    weight = torch.randn(200).to(DEVICE, HALF)
+    weight = torch.randn(200).to(DEVICE, HALF) if gain else None
     normed, total = ops.add_rms_norm(x, residual, weight, 1e-5, 0.0, cast_first)
     out, scale, added = row_quantize.add_rms_norm_quantize(x, residual, weight, 1e-5, 0.0, cast_first, CAST)
     assert torch.equal(added, total) and scale.shape == (1, rows, 1)

@@ -90,6 +90,13 @@ def test_fp8_layers_stay_whole() -> None:
     assert gemm_ops.inline_around(ops.inline, batch_invariant=True)(norm) is ops.inline(norm)
 
 
+def test_quantizations_by_hand_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    glu = torch.ops.camshaft.glu_quantize.default
+    assert gemm_ops.inline_around(ops.inline, batch_invariant=False)(glu) is ops.inline(glu)
+    monkeypatch.setattr(gemm_ops, "WHOLE_QUANTIZATIONS", frozenset({"glu_quantize"}))
+    assert gemm_ops.inline_around(ops.inline, batch_invariant=False)(glu) is None
+
+
 def test_other_weights_stay_with_aten_or_are_refused() -> None:
     x, weight = torch.randn(3, 8), torch.randn(4, 8)
     for invariant in (False, True):
