@@ -2,8 +2,9 @@
 
     python3 bench/gpu_async.py --out OUT [--layers 4] [--sequences 256] [--skip-speed]
 
-First a small model in all kinds of load: both orders must give the same tokens (batches differ between them, so a sample in fifty
-may differ by rounding; more end the script with code 1). Then a random Llama-shaped one: tokens per second and the serving thread's time in both orders. Writes OUT/gpu-async.json.
+First a small model in all kinds of load: both orders must give the same tokens (batches differ between them, so a sample in
+fifty may differ by rounding; more end the script with code 1). Then a random Llama-shaped one: tokens per second and the
+serving thread's time in both orders. Writes OUT/gpu-async.json.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace, num_sequences: int, mixed: bool, asynchron
     before = core.scheduler.stats.steps
     times = timed(core, args.steps, profile)
     if profile:
-        pstats.Stats(profile).sort_stats("tottime").print_stats(22)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(25)
     return {
         "sequences": num_sequences,
         "steps": "mixed" if mixed else "decode",

@@ -54,6 +54,7 @@ class Queues:
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
         self._num_retired = 0
+        self._left_running = False  # whether the running list holds requests that have ended
         self._flights: deque[Flight] = deque()
         self._unreported: list[str] = []  # preempted or gone while nothing could be planned
         self._left: list[str] = []
@@ -118,15 +119,18 @@ class Queues:
         if request is None:
             return False
         request.finish_reason, request.stop_reason = reason, stop_reason
-        if request.status is _RUNNING:
-            self._running.remove(request)
+        was_running = request.status is _RUNNING
         self._retire(request)
+        if was_running:
+            self._running.keep_running()
+            self._left_running = False
         return True
 
     def _retire(self, request: Request) -> None:
         """End a request, except for its place in the running list."""
         if request.status is _RUNNING:
             self._end_run(request)
+            self._left_running = True
         elif request.status is RequestStatus.ENDING:
             del self._ending[request.request_id]
         else:

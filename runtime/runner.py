@@ -187,7 +187,7 @@ class Runner:
         if plan.decodes is not self._decodes:
             self._decodes = plan.decodes
             self._decode_states = [self._states[request.request_id] for request in plan.decodes]
-            self._num_prompt = np.array([request.num_prompt_tokens for request in plan.decodes], dtype=np.int64)
+            self._num_prompt = np.array([len(r.prompt_token_ids) for r in plan.decodes], dtype=np.int64)
         num_decodes = len(plan.decodes)
         sampling = [row for row in plan.others if row.samples]
         step.states, step.num_outputs = self._decode_states, plan.starts + 1 - self._num_prompt

@@ -63,22 +63,18 @@ class RunningSet:
         self._decodes = None
         return self.requests.pop()
 
-    def remove(self, request: Request) -> None:
-        """Takes one request out."""
-        index = self.requests.index(request)
-        keep = np.arange(len(self.requests)) != index
-        self._keep(keep)
-
     def keep_running(self) -> None:
         """Takes out all requests whose status is not RUNNING any more."""
         running = RequestStatus.RUNNING
-        self._keep(np.array([request.status is running for request in self.requests], dtype=np.bool_))
-
-    def _keep(self, keep: Flags) -> None:
-        old, kept = len(self.requests), np.flatnonzero(keep)
-        self.requests = [self.requests[i] for i in kept.tolist()]
+        gone = [index for index, request in enumerate(self.requests) if request.status is not running]
+        if not gone:
+            return
+        old = len(self.requests)
+        for index in reversed(gone):
+            del self.requests[index]
+        kept = np.delete(np.arange(old), gone)
         for array in (self.next, self.planned, self.due, self.decoding, self.limit):
-            array[: len(kept)] = array[:old][kept]
+            array[: len(kept)] = array[kept]
         self._decodes = None
 
     def wanting_a_look(self) -> list[int]:

@@ -27,6 +27,7 @@ have ended otherwise has a row in step n + 1 that nobody looks at. A preempted o
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -284,7 +285,7 @@ class Scheduler(Queues):
         Raises ValueError for a plan that is not the oldest one without a result, and for tokens that do not go with it.
         """
         flight = self._check_plan(plan)
-        num_retired, num_decodes = self._num_retired, len(plan.decodes)
+        num_decodes = len(plan.decodes)
         updates: list[RequestUpdate] = []
         if isinstance(sampled, np.ndarray):
             rest: Sequence[Sequence[int]] = self._spread(plan, sampled)
@@ -301,8 +302,9 @@ class Scheduler(Queues):
                 self._take(row.request, tokens, updates, row)
             row.request.draft_token_ids = []
         self._flights.popleft()
-        if self._num_retired > num_retired:
+        if self._left_running:
             self._running.keep_running()
+            self._left_running = False
         return updates
 
     def _take_decodes(self, flight: Flight, tokens: npt.NDArray[np.int64], updates: list[RequestUpdate]) -> None:
@@ -314,13 +316,18 @@ class Scheduler(Queues):
         if self._num_retired != flight.num_retired:
             may_end = may_end | np.array([request.status is _FINISHED for request in decodes], dtype=np.bool_)
         values, begin = tokens.tolist(), 0
+        outputs = [request.output_token_ids for request in decodes]
+        everything = [request.all_token_ids for request in decodes]
+        anyone_listens = any([request.reports_tokens for request in decodes])
         for index in (*np.flatnonzero(may_end).tolist(), len(decodes)):
-            between = slice(begin, index) if begin or index < len(decodes) else slice(None)
-            for request, token in zip(decodes[between], values[between]):
-                request.output_token_ids.append(token)
-                request.all_token_ids.append(token)
-                if request.reports_tokens:
-                    updates.append(RequestUpdate(request, [token], False))
+            part = slice(begin, index)
+            _append_each(outputs[part], values[part])
+            _append_each(everything[part], values[part])
+            if anyone_listens:
+                pairs = zip(decodes[part], values[part])
+                updates += [
+                    RequestUpdate(request, [token], False) for request, token in pairs if request.reports_tokens
+                ]
             if index < len(decodes):
                 self._take(decodes[index], [values[index]], updates)
             begin = index + 1
@@ -394,6 +401,11 @@ class Scheduler(Queues):
                     f"request {row.request.request_id!r} got {len(tokens)} sampled tokens in step {plan.step_id}, after "
                     "the next step was planned; allowed: one"
                 )
+
+
+def _append_each(lists: Sequence[list[int]], values: Sequence[int]) -> None:
+    """Appends values[i] to lists[i], for thousands, without a loop of Python's own."""
+    deque(map(list.append, lists, values), maxlen=0)
 
 
 def _num_accepted(new_tokens: Sequence[int], drafts: Sequence[int], num_drafts: int) -> int:
