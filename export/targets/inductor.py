@@ -35,6 +35,35 @@ def _options(request: LowerRequest) -> dict[str, bool]:
     return {"triton.enable_pdl": gemm_ops.EARLY_LAUNCHES, "deterministic": request.batch_invariant}
 
 
+_WEIGHT_AND_BIAS = {"aten.linear.default": (1, 2), "camshaft.scaled_linear.default": (2, 4)}
+"""Where the arguments of linear layers stand."""
+
+
+def linear_layers(segment: Segment) -> list[tuple[int, int, torch.dtype, bool]]:
+    """(N, K, dtype of the weight, whether there is a bias) of the linear layers with half or fp8 weights, each once."""
+    weights = {entry["name"]: entry for entry in segment.placeholders[segment.num_inputs :]}
+    found: dict[tuple[int, int, torch.dtype, bool], None] = {}
+    for entry in segment.nodes:
+        if entry["op"] != "call_function" or entry["target"] not in _WEIGHT_AND_BIAS:
+            continue
+        weight_at, bias_at = _WEIGHT_AND_BIAS[entry["target"]]
+        given = entry["args"]
+        weight = weights.get(given[weight_at].get("node", ""))
+        if weight is not None and weight["dtype"] in ("float16", "bfloat16", "float8_e4m3fn"):
+            has_bias = len(given) > bias_at and given[bias_at] is not None
+            found[(*weight["shape"], getattr(torch, weight["dtype"]), has_bias)] = None
+    return list(found)
+
+
+def _prepare_kernels(segment: Segment, device: torch.device) -> None:
+    from ..kernels import gemm
+
+    dtypes = {entry["dtype"] for entry in segment.placeholders} & {"float16", "bfloat16"}
+    if dtypes:
+        dtype = getattr(torch, min(dtypes))
+        gemm.prepare([gemm.Layer(*layer) for layer in linear_layers(segment)], dtype, device)
+
+
 class _InductorSegment:
     def __init__(self, runner: object) -> None:
         self._runner = runner
@@ -108,7 +137,9 @@ class InductorTarget:
         assert engine is not None
         try:
             if device.type == "cuda":
-                return _SourceSegment(open_archive(engine, device))
+                opened = _SourceSegment(open_archive(engine, device))
+                _prepare_kernels(segment, device)
+                return opened
             # single-threaded: otherwise a call waits on the host until the previous one has left the device
             return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
         except (RuntimeError, OSError, ValueError) as error:

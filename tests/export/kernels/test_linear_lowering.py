@@ -18,7 +18,7 @@ from camshaft.export.manifest import BuildConfig
 from camshaft.export.segment import Segment
 from camshaft.export.targets import inductor_source
 from camshaft.export.targets.base import get_target
-from camshaft.export.targets.inductor import InductorTarget
+from camshaft.export.targets.inductor import InductorTarget, linear_layers
 from camshaft.export.timer import Timer
 from camshaft.export.trace import example_inputs, export_segment
 from camshaft.graph import ops
@@ -79,6 +79,13 @@ def test_a_fresh_process_finds_the_operators(layer: Segment, tmp_path: Path, inv
     for actual, expected in zip(torch.load(tmp_path / "outputs"), wanted, strict=True):
         error = (actual.float() - expected.float()).norm() / expected.float().norm()
         assert error < 2e-2  # bfloat16; Inductor keeps what lies between the ends of a kernel in float32
+
+
+def test_layers_whose_kernels_are_prepared(layer: Segment) -> None:
+    found = linear_layers(layer)
+    assert found and len(set(found)) == len(found)
+    shapes = {tuple(entry["shape"]) for entry in layer.placeholders[layer.num_inputs :]}
+    assert all((n, k) in shapes and dtype == torch.bfloat16 and not bias for n, k, dtype, bias in found)
 
 
 def test_fp8_layers_stay_whole() -> None:
