@@ -1,6 +1,6 @@
 """The Triton attention kernels on a GPU: numerics against the reference, then decode, prefill and mixed steps, timed.
 
-    python3 bench/gpu_attention.py --out OUT [--sweep decode|prefill|all] [--peers] [--skip decode,prefill,mixed]
+    python3 bench/gpu_attention.py --out OUT [--sweep decode|prefill|all] [--peers] [--skip decode,mixed]
 
 Llama-3.1-8B's attention (32 heads, 8 kv heads, size 128, blocks of 16 tokens), bfloat16 queries; one call is one layer.
 A CUDA graph holds calls over several layers' caches, more bytes than the second-level cache. Shares are of 4.0 TB/s
@@ -216,32 +216,37 @@ def decode_entry(step: Step, **more: Any) -> dict[str, Any]:
 
 
 def decode_rows(with_peers: bool) -> list[dict[str, Any]]:
-    """All decode shapes, both caches, both layouts; small batches also with the other ways to join splits."""
+    """All decode shapes, both caches, both layouts."""
     rows = []
     for (s, n), cache in itertools.product(DECODE_SHAPES, CACHES):
         for layout in LAYOUTS:
             step = Step([(1, n)] * s, cache, layout)
-            rows.append(
-                {"S": s, "context": n, "cache": cache, "kernel": f"camshaft, {layout} layout", **decode_entry(step)}
-            )
-            if layout == "token" and s <= 64:
-                config = decode_config(DIM, CACHES[cache].itemsize, 2)
-                for name, other in {
-                    "join=kernel": dataclasses.replace(config, join="kernel"),
-                    "pdl": dataclasses.replace(config, pdl=True),
-                    "4 programs/SM": dataclasses.replace(config, programs_per_processor=4),
-                    "16 programs/SM": dataclasses.replace(config, programs_per_processor=16),
-                    "span 128": dataclasses.replace(config, min_span=128),
-                    "16 keys a step and warp": dataclasses.replace(config, block_n=128, num_warps=8),
-                    "span 64": dataclasses.replace(config, min_span=64),
-                    "span 512": dataclasses.replace(config, min_span=512),
-                }.items():
-                    entry = decode_entry(step, decode=other)
-                    rows.append({"S": s, "context": n, "cache": cache, "kernel": f"camshaft, {name}", **entry})
+            labels = {"S": s, "context": n, "cache": cache}
+            rows.append({**labels, "kernel": f"camshaft, {layout} layout", **decode_entry(step)})
+            show(rows[-1:])
             if with_peers and layout == "token" and cache == "bf16":
-                rows.append({"S": s, "context": n, "cache": cache, "kernel": "flashinfer", **_flashinfer(step)})
-            del step
-        show(rows[-1:])
+                rows.append({**labels, "kernel": "flashinfer", **_flashinfer(step)})
+    return rows
+
+
+def latency_rows(threads: int) -> list[dict[str, Any]]:
+    """Few sequences: other ways to split the keys, to join the splits and to launch."""
+    rows = []
+    for (s, n), cache in itertools.product([(1, 256), (1, 2048), (8, 1500)], CACHES):
+        config = decode_config(DIM, CACHES[cache].itemsize, 2)
+        variants = {
+            "as it is": config,
+            "join=kernel": dataclasses.replace(config, join="kernel"),
+            "pdl": dataclasses.replace(config, pdl=True),
+            "4 programs/SM": dataclasses.replace(config, programs_per_processor=4),
+            "16 programs/SM": dataclasses.replace(config, programs_per_processor=16),
+            "128 keys a step, 8 warps": dataclasses.replace(config, block_n=128, num_warps=8),
+            **{f"span {n}": dataclasses.replace(config, min_span=n) for n in (64, 128, 512)},
+        }
+        step = Step([(1, n)] * s, cache)
+        compile_all([lambda c=c, step=step: step.call(decode=c) for c in variants.values()], threads)
+        for name, other in variants.items():
+            rows.append({"S": s, "context": n, "cache": cache, "variant": name, **decode_entry(step, decode=other)})
     return rows
 
 
@@ -351,8 +356,7 @@ def _flashinfer(step: Step) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------------------- sweep
 DECODE_TILES = [  # keys a step, warps, most registers
-    (32, 1, None), (32, 2, None), (32, 4, None), (64, 2, None), (64, 2, 128), (64, 4, None), (64, 4, 128),
-    (128, 4, None), (128, 4, 128), (128, 8, None), (128, 8, 64),
+    (32, 2, None), (64, 2, None), (64, 4, None), (64, 4, 128), (128, 4, None), (128, 4, 128), (128, 8, None),
 ]  # fmt: skip
 PREFILL_TILES = [(128, 64, 8), (128, 128, 8), (128, 32, 4), (128, 64, 4), (256, 64, 8), (64, 64, 4), (64, 128, 4)]
 
@@ -385,7 +389,7 @@ def sweep(kind: str, threads: int) -> list[dict[str, Any]]:
             base = decode_config(DIM, CACHES[cache].itemsize, 2)
             configs = [
                 dataclasses.replace(base, block_n=n, num_warps=w, num_stages=s, max_registers=r)
-                for (n, w, r), s in itertools.product(DECODE_TILES, (1, 3, 5))
+                for (n, w, r), s in itertools.product(DECODE_TILES, (3, 5))
             ]
         else:
             steps = {"4 x 2048": Step([(2048, 2048)] * 4, cache, layers=4)}
@@ -420,13 +424,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sweep", choices=("decode", "prefill", "all"))
     parser.add_argument("--peers", action="store_true", help="FlashInfer, if it imports")
-    parser.add_argument("--skip", default="", help="of numerics, decode, uneven, prefill, mixed")
+    parser.add_argument("--skip", default="", help="of numerics, decode, latency, uneven, prefill, mixed")
     parser.add_argument("--threads", type=int, default=8, help="that compile in a sweep")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     sections: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "numerics": numerics,
         "decode": lambda: decode_rows(options.peers),
+        "latency": lambda: latency_rows(options.threads),
         "uneven": uneven_rows,
         "prefill": prefill_rows,
         "mixed": mixed_rows,
