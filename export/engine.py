@@ -170,6 +170,7 @@ class Engine:
             self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
             self._execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
             if self.device.type == "cuda":
+                self.weights = {name: Weight.from_tensor(tensor) for name, tensor in tensors.items()}  # not the sources
                 torch.cuda.empty_cache()  # parts of joined weights: the KV cache can have their memory
         return self._execution
 
