@@ -3,8 +3,9 @@
     python3 bench/gpu_async.py --out OUT [--layers 4] [--sequences 256] [--skip-speed]
 
 First a small model in all kinds of load: both orders must give the same tokens (batches differ between them, so a sample in
-fifty may differ by rounding; more end the script with code 1). Then a random Llama-shaped one: tokens per second and the
-serving thread's time in both orders. Writes OUT/gpu-async.json.
+fifty may differ by rounding; more end the script with code 1). Then loads in which torch raises where the host waits for the
+device unasked. Then a random Llama-shaped one: tokens per second and the serving thread's time in both orders. Writes
+OUT/gpu-async.json.
 """
 
 from __future__ import annotations
@@ -84,6 +85,40 @@ def agreement(target: str) -> dict[str, Any]:
     return entry
 
 
+def hidden_waits(target: str) -> dict[str, str]:
+    """Runs loads while torch raises on every call that makes the host wait for the device; what it said, or "none"."""
+    from families import random_model, tiny_config
+
+    import camshaft
+    from camshaft import SamplingParams
+
+    engine = camshaft.compile(
+        random_model(tiny_config("llama")), target=target, device=DEVICE, dtype=torch.float32, max_seq_len=96,
+        max_batch_tokens=64, max_sequences=16, block_size=16,
+    )  # fmt: skip
+    prompts = [{"prompt_token_ids": [3 + i, 4, 5]} for i in range(40)]
+    cases = {
+        "greedy": SamplingParams(temperature=0, max_tokens=20),
+        "random": SamplingParams(max_tokens=20),
+        "top_k": SamplingParams(max_tokens=20, top_k=20, top_p=0.9, min_p=0.01),
+        "penalties": SamplingParams(max_tokens=20, repetition_penalty=1.2, frequency_penalty=0.1),
+        "logprobs": SamplingParams(temperature=0, max_tokens=20, logprobs=3, prompt_logprobs=2),
+    }
+    found = {}
+    with camshaft.LLM(engine, memory_fraction=0.2, async_scheduling=True) as llm:
+        for name, params in cases.items():
+            llm.generate(prompts, params, progress=False)  # first uses allocate and compile
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                llm.generate(prompts, params, progress=False)
+                found[name] = "none"
+            except Exception as error:
+                found[name] = str(error)[:600]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
 def speed(layers: int, num_sequences: int, target: str) -> list[dict[str, Any]]:
     """Tokens per second of 128 in, 128 out, and where the serving thread's time goes per step."""
     import transformers
@@ -150,6 +185,9 @@ def main() -> None:
     print(json.dumps(document["agreement"], indent=1), flush=True)
     if any(50 * max(e["samples_that_differ"]) > e["samples"] for e in document["agreement"].values()):
         sys.exit(1)
+    if DEVICE == "cuda":
+        document["hidden_waits"] = hidden_waits(args.target)
+        print(json.dumps(document["hidden_waits"], indent=1), flush=True)
     if not args.skip_speed:
         document["speed"] = rows = speed(args.layers, args.sequences, args.target)
         file.write_text(json.dumps(document, indent=1) + "\n")

@@ -64,7 +64,7 @@ class Batch:
     max_query_len: int
     max_seq_len: int
     num_decodes: int = 0
-    """Leading sequences with exactly one token; all others have none of these behind them, or are prompts' last tokens."""
+    """Leading sequences with exactly one token: all that decode without drafts. (A prompt's last token may come later.)"""
 
     @property
     def num_tokens(self) -> int:
