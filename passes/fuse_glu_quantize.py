@@ -10,6 +10,8 @@ quantize_fp8. Numerics: exact.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -33,7 +35,7 @@ class FuseGluQuantize(GraphPass):
 
 
 def _match(program: Program, quantize: fx.Node) -> int:
-    glu = quantize.args[0]
+    glu: Any = quantize.args[0]
     if not is_call(glu, GLU) or only_user(glu) is not quantize:
         return 0
     with program.graph.inserting_before(quantize):

@@ -14,6 +14,7 @@ stays as it is. Runs behind quantize_fp8. Numerics: exact.
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,7 +41,8 @@ class FuseNormQuantize(GraphPass):
 
 
 def _match(program: Program, quantize: fx.Node) -> int:
-    normed = quantize.args[0]
+    normed: Any = quantize.args[0]
+    norm: Any
     if only_user(normed) is not quantize:
         return 0
     if is_call(normed, RMS_NORM):
