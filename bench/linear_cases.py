@@ -47,7 +47,7 @@ def name_of(config: Config) -> str:
     if isinstance(config, RowsConfig):
         text = f"rows n{config.block_n} k{config.block_k} w{config.warps} s{config.stages}"
     elif isinstance(config, TileConfig):
-        side = "" if config.weight_left else " right"
+        side = " tma" if config.tma else "" if config.weight_left else " right"
         text = f"tile n{config.block_n} k{config.block_k} /{config.splits} w{config.warps} s{config.stages}{side}"
     else:
         size = f"{config.block_m}x{config.block_n}x{config.block_k}"
@@ -63,13 +63,14 @@ def configs(dtype: str, rows: int, n: int, k: int, quick: bool) -> Iterator[Conf
             yield RowsConfig(block_n=block_n, block_k=block_k, warps=warps, stages=stages)
     if rows <= 64:
         table = TILES if rows <= 16 else TILES_WIDE
-        for block_n, block_k, splits, warps, stages, left in table:
+        for block_n, block_k, splits, warps, stages, kind in table:
             programs = n // block_n * splits
             useful = programs <= 1100 if splits > 1 else programs >= 60
-            if useful and not (quick and (splits == 2 or not left)):
+            if useful and not (quick and (splits == 2 or kind == "right")):
                 yield TileConfig(
-                    block_n=block_n, block_k=block_k * wide, splits=splits, warps=warps, stages=stages, weight_left=left
-                )
+                    block_n=block_n, block_k=block_k * wide, splits=splits, warps=warps, stages=stages,
+                    weight_left=kind != "right", tma=kind == "tma",
+                )  # fmt: skip
     if rows >= 64:
         for block_m, block_n, block_k, warps, stages, persistent in TILED[:2] if quick else TILED:
             yield TiledConfig(
@@ -92,21 +93,25 @@ ROWS = {
     2: ((4, 1024, 4, 1), (4, 1024, 4, 4), (4, 512, 4, 6), (4, 2048, 8, 1), (8, 1024, 8, 4), (2, 2048, 4, 1)),
     4: ((4, 512, 4, 1), (4, 512, 4, 6), (4, 1024, 8, 1), (8, 512, 8, 4)),
 }
-# block_n, block_k (bf16; twice that for fp8), splits, warps, stages, weight_left
+# block_n, block_k (bf16; twice that for fp8), splits, warps, stages; how the weight comes: left operand, by TMA, or right
 TILES = (
-    *((64, 128, splits, 4, 4, True) for splits in (1, 2, 4, 8)),
-    *((64, 256, splits, 4, 3, True) for splits in (1, 2, 4)),
-    *((128, 128, splits, 4, 4, True) for splits in (1, 2, 4, 8)),
-    (64, 64, 1, 4, 6, True),
-    (32, 256, 1, 4, 4, False),
-    (32, 128, 2, 4, 5, False),
-    (16, 512, 1, 4, 4, False),
+    *((64, 128, splits, 4, 4, "left") for splits in (1, 2, 4, 8)),
+    *((64, 256, splits, 4, 3, "left") for splits in (1, 4)),
+    *((128, 128, splits, 4, 4, "left") for splits in (1, 4, 8)),
+    *((64, 128, splits, 4, 5, "tma") for splits in (1, 2, 4, 8)),
+    *((128, 128, splits, 4, 4, "tma") for splits in (1, 2, 4)),
+    (64, 64, 1, 4, 6, "left"),
+    (32, 256, 1, 4, 4, "right"),
+    (32, 128, 2, 4, 5, "right"),
+    (16, 512, 1, 4, 4, "right"),
 )
 TILES_WIDE = (
-    *((64, 128, splits, 4, 4, True) for splits in (1, 2, 4)),
-    *((128, 64, splits, 4, 4, True) for splits in (1, 2, 4)),
-    (128, 128, 1, 8, 3, True),
-    (64, 256, 1, 4, 3, True),
+    *((64, 128, splits, 4, 4, "left") for splits in (1, 2, 4)),
+    *((64, 128, splits, 4, 4, "tma") for splits in (1, 2, 4)),
+    *((128, 64, splits, 4, 4, "left") for splits in (1, 4)),
+    *((128, 64, splits, 4, 5, "tma") for splits in (1, 2, 4)),
+    (128, 128, 1, 8, 3, "left"),
+    (64, 256, 1, 4, 3, "left"),
 )
 # block_m, block_n, block_k (bf16; twice that for fp8), warps, stages, persistent
 TILED = (

@@ -74,6 +74,12 @@ def _lower_invariant(program: Program, config: BuildConfig, directory: Path, tim
         raise ValueError(
             f"batch_invariant is on and the target is {config.target} on {config.device}; allowed: inductor (or auto) on cuda"
         )
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    if capability < (9, 0):
+        raise ValueError(
+            f"batch_invariant is on and the GPU has compute capability {capability[0]}.{capability[1]}; its products need 9.0 or "
+            "later (tensor memory accelerator): build without batch_invariant"
+        )
     lowering = _lower(program, "inductor", config, directory, timer, use_cache)
     if lowering.plan.report:
         raise ValueError(

@@ -27,6 +27,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_ROWS = 64
 """Most rows of x that the tile kernel takes."""
@@ -48,7 +49,10 @@ class RowsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """How the tile kernel cuts the work. splits: of K; weight_left: which operand of the tensor cores the weight is."""
+    """How the tile kernel cuts the work. splits: of K; weight_left: which operand of the tensor cores the weight is.
+
+    tma: the tensor memory accelerator fetches the weight (compute capability 9.0; rows of a multiple of 16 bytes).
+    """
 
     block_n: int
     block_k: int
@@ -56,6 +60,7 @@ class TileConfig:
     warps: int = 4
     stages: int = 4
     weight_left: bool = True
+    tma: bool = False
     overlap: bool = False
 
 
@@ -151,10 +156,10 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _tile_kernel(
-    x, weight, x_scale, weight_scale, bias, out, partial, arrived, num_rows, N, K,
+    x, weight, tiles, x_scale, weight_scale, bias, out, partial, arrived, num_rows, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, EVEN_K: tl.constexpr,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, WEIGHT_LEFT: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-    LINES: tl.constexpr,
+    SCALED: tl.constexpr, BIAS: tl.constexpr, WEIGHT_LEFT: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -176,11 +181,15 @@ def _tile_kernel(
         k = start + tl.arange(0, BLOCK_K)
         w_at = weight + offs_n[:, None] * K + k[None, :]
         x_at = x + m[:, None] * K + k[None, :]
-        if EVEN_K:
+        if TMA:
+            w = tiles.load([tile * BLOCK_N, start])  # zeros beyond the tensor
+        elif EVEN_K:
             w = tl.load(w_at, eviction_policy="evict_first")
-            rows = tl.load(x_at, mask=keep_m[:, None], other=0.0)
         else:
             w = tl.load(w_at, mask=k[None, :] < K, other=0.0, eviction_policy="evict_first")
+        if EVEN_K:
+            rows = tl.load(x_at, mask=keep_m[:, None], other=0.0)
+        else:
             rows = tl.load(x_at, mask=keep_m[:, None] & (k[None, :] < K), other=0.0)
         if WEIGHT_LEFT:
             acc = tl.dot(w, tl.trans(rows), acc)
@@ -247,12 +256,13 @@ def multiply_tile(
     if config.splits > 1:
         partial = torch.empty((config.splits, num_rows, n), dtype=torch.float32, device=x.device)
         arrived = _arrivals(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, tiles)
+    fetched = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]) if config.tma else None
     with on_device(x):
         _tile_kernel[(tiles, config.splits)](
-            x, weight, x_scale, weight_scale, bias, out, partial, arrived, num_rows, n, k,
+            x, weight, fetched, x_scale, weight_scale, bias, out, partial, arrived, num_rows, n, k,
             BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             SPLITS=config.splits, EVEN_K=k % config.block_k == 0, SCALED=x_scale is not None, BIAS=bias is not None,
-            WEIGHT_LEFT=config.weight_left, STAGES=config.stages, OVERLAP=config.overlap,
+            WEIGHT_LEFT=config.weight_left, TMA=config.tma, STAGES=config.stages, OVERLAP=config.overlap,
             LINES=_prefetch_lines(weight, config.block_k * config.stages), num_warps=config.warps,
             **_launch_options(config.overlap),
         )  # fmt: skip
