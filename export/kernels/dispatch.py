@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,15 +65,13 @@ def paged_attention(
         )  # fmt: skip
     if batch_invariant:
         raise ValueError(f"batch-invariant attention runs on CUDA; q is on {q.device}: build without batch_invariant")
+    kernel: Callable[..., Tensor] = reference.paged_attention
     if cpu.supports(q, k_cache):
         available = cpu.is_available()
         if available:
             kernel = cpu.paged_attention
         else:
             _warn_once(f"attention runs on the slow torch reference: no CPU kernel, because {available.reason}")
-            kernel = reference.paged_attention
-    else:
-        kernel = reference.paged_attention
     return kernel(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, scale=scale, window=window,
         softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, max_query_len=max_query_len, max_seq_len=max_seq_len,
