@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ..graph.program import Program
-from .base import GraphPass, Stage, only_user
+from .base import GraphPass, Stage
 from .fuse_glu import GLU
 from .match import is_call
 from .quantize_fp8 import QUANTIZE_ROWS, call_parts
@@ -36,7 +36,7 @@ class FuseGluQuantize(GraphPass):
 
 def _match(program: Program, quantize: fx.Node) -> int:
     glu: Any = quantize.args[0]
-    if not is_call(glu, GLU) or only_user(glu) is not quantize:
+    if not is_call(glu, GLU) or list(glu.users) != [quantize]:
         return 0
     with program.graph.inserting_before(quantize):
         parts = call_parts(program, GLU_QUANTIZE, *glu.args)

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from ..graph.program import Program
-from .base import GraphPass, Stage, only_user
+from .base import GraphPass, Stage
 from .fuse_add_norm import ADD_RMS_NORM
 from .match import is_call
 from .match_rms_norm import RMS_NORM
@@ -43,7 +43,7 @@ class FuseNormQuantize(GraphPass):
 def _match(program: Program, quantize: fx.Node) -> int:
     normed: Any = quantize.args[0]
     norm: Any
-    if only_user(normed) is not quantize:
+    if list(normed.users) != [quantize]:
         return 0
     if is_call(normed, RMS_NORM):
         norm, target = normed, RMS_NORM_QUANTIZE
