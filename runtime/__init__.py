@@ -9,6 +9,7 @@ _HOMES = {
     "LLM": "llm",
     "GenerationError": "llm",
     "LLMStats": "llm",
+    "StepTimes": "core",
     "RequestHandle": "async_llm",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",
