@@ -102,7 +102,6 @@ class ServingCore:
             if request.request_id in self._samples:
                 raise ValueError(f"request id {request.request_id!r} is in use; choose another")
         params = generation.params
-        self.check_fits(generation)
         for index, (request, seed) in enumerate(zip(generation.requests, generation.seeds)):
             detokenizer = None
             if self._streams and params.detokenize:
@@ -117,8 +116,8 @@ class ServingCore:
                 generation.sink.wants_increments or params.stop or params.logprobs is not None
             )
             sample = Sample(index, request, detokenizer, params.logprobs is not None)
+            self.scheduler.add_request(request)  # raises for the first, or for none: they have the same lengths
             generation.samples.append(sample)
-            self.scheduler.add_request(request)
             self.runner.add(request, seed)
             self._samples[request.request_id] = (generation, sample)
         self._generations[generation.request_id] = generation

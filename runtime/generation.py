@@ -71,7 +71,7 @@ class Generation:
         self.prompt_announced = False
         n = self.params.n
         ids = [request_id] if n == 1 else [f"{request_id}/{i}" for i in range(n)]
-        later = dataclasses.replace(self.params, prompt_logprobs=None)
+        later = self.params if n == 1 else dataclasses.replace(self.params, prompt_logprobs=None)
         self.requests = [
             Request(
                 ids[i],

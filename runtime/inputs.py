@@ -118,6 +118,8 @@ class InputChecker:
             tokenizer = self._need_tokenizer("a chat")
             text = tokenizer.render_chat(prompt)
             return text, tokenizer.encode(text, add_special_tokens=False)
+        if set(map(type, prompt)) <= {int}:
+            return None, list(prompt)
         for position, token in enumerate(prompt):
             if type(token) is not int and (isinstance(token, bool) or not isinstance(token, (int, np.integer))):
                 raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import logging
 import time
@@ -172,7 +173,8 @@ class LLM:
             GenerationError: requests were lost on the way; it carries the results of the others.
         """
         items, _ = split_prompts(prompts)
-        handles = self._submit(self._checker.check_all(items, sampling_params), stream=False)
+        with _no_collection():
+            handles = self._submit(self._checker.check_all(items, sampling_params), stream=False)
         show = progress if progress is not None else use_tqdm
         try:
             with _progress_bar(len(handles), show) as advance:
@@ -286,11 +288,12 @@ class LLM:
             raise ValueError("\n".join(errors))
 
         def add() -> None:
-            for generation in generations:
-                try:
-                    self._core.add(generation)
-                except ValueError as error:
-                    generation.sink.fail(error)
+            with _no_collection():
+                for generation in generations:
+                    try:
+                        self._core.add(generation)
+                    except ValueError as error:
+                        generation.sink.fail(error)
 
         self._serving.submit(add)
         return handles
@@ -350,6 +353,18 @@ def _collect(handles: Sequence[RequestHandle]) -> list[RequestOutput]:
     if errors:
         raise GenerationError(outputs, errors) from next(iter(errors.values()))
     return [output for output in outputs if output is not None]
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from looking through thousands of requests, again and again, while they are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _progress_bar(total: int, show: bool | None) -> AbstractContextManager[Callable[[], None]]:
