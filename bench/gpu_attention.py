@@ -122,6 +122,10 @@ def decode_rows(with_peers: bool) -> list[dict[str, Any]]:
             labels = {"S": s, "context": n, "cache": cache}
             rows.append({**labels, "kernel": f"camshaft, {layout} layout", **decode_entry(step)})
             show(rows[-1:])
+            if layout == "token" and s >= 64:
+                rows.append(
+                    {**labels, "kernel": "camshaft, batch invariant", **decode_entry(step, batch_invariant=True)}
+                )
             if with_peers and layout == "token" and cache == "bf16":
                 rows.append({**labels, "kernel": "flashinfer", **_flashinfer(step)})
     return rows
@@ -254,9 +258,9 @@ def _flashinfer(step: Step) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------------------- sweep
 DECODE_TILES = [  # keys a step, warps, most registers
-    (32, 2, None), (64, 2, None), (64, 4, None), (64, 4, 128), (128, 4, None), (128, 4, 128), (128, 8, None),
+    (16, 1, None), (32, 1, None), (32, 1, 128), (64, 1, None), (32, 2, None), (64, 2, None), (64, 4, 128),
 ]  # fmt: skip
-PREFILL_TILES = [(128, 64, 8), (128, 128, 8), (128, 32, 4), (128, 64, 4), (256, 64, 8), (64, 64, 4), (64, 128, 4)]
+PREFILL_TILES = [(256, 64, 8), (256, 32, 8), (128, 128, 8), (128, 64, 8), (64, 64, 4)]
 
 
 def compile_all(jobs: Iterable[Callable[[], object]], threads: int) -> None:
@@ -287,13 +291,13 @@ def sweep(kind: str, threads: int) -> list[dict[str, Any]]:
             base = decode_config(DIM, CACHES[cache].itemsize, 2)
             configs = [
                 dataclasses.replace(base, block_n=n, num_warps=w, num_stages=s, max_registers=r)
-                for (n, w, r), s in itertools.product(DECODE_TILES, (3, 5))
+                for (n, w, r), s in itertools.product(DECODE_TILES, (5, 7))
             ]
         else:
             steps = {"4 x 2048": Step([(2048, 2048)] * 4, cache, layers=4)}
             configs = [
                 PrefillConfig(block_m=m, block_n=n, num_warps=w, num_stages=s, programs_per_processor=p)
-                for (m, n, w), s, p in itertools.product(PREFILL_TILES, (2, 3, 5), (1, 2, 4))
+                for (m, n, w), s, p in itertools.product(PREFILL_TILES, (3, 5), (1, 4, 16))
             ]
         compile_all([lambda s=s, c=c: s.call(**{kind: c}) for s in steps.values() for c in configs], threads)
         for config in configs:

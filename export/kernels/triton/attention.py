@@ -30,6 +30,8 @@ from .write import tiles_kernel, write_kernel
 
 _MAX_HEAD_DIM = 512
 _WRITE_BLOCK = 2048
+_INVARIANT_BLOCK_M = 64
+"""Query vectors a tile in batch-invariant mode, where decode steps use the same tiles as prompts."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FP8 = torch.float8_e4m3fn
 _FP8_Q_SCALE = 1 / 16
@@ -224,9 +226,8 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
 def _prefill(call: _Call, config: PrefillConfig, max_query_len: int | None, state: AttentionState) -> None:
     """Attention of the sequences with two rows or more into `call.out`; of all sequences if `max_query_len` is None."""
     group, num_tokens = call.group, call.q.shape[0]
-    block_m = config.block_m
-    if max_query_len is not None:
-        block_m = min(block_m, _power_of_two(max_query_len * group))
+    wanted = _INVARIANT_BLOCK_M if max_query_len is None else _power_of_two(max_query_len * group)
+    block_m = min(config.block_m, wanted)
     block_m = max(block_m, 16, _power_of_two(group))
     min_rows, block_q = 1 if max_query_len is None else 2, block_m // group
     # sum of ceil(n / block_q) over the sequences with n >= min_rows rows
