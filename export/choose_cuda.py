@@ -136,7 +136,7 @@ def _takes(engine: Lowered, size: int | None) -> bool:
 
 def _taken(target_name: str, size: int | None) -> int:
     """The size at which a target's engine runs a bucket."""
-    return max(size or 1, get_target(target_name).min_tokens)
+    return max(size or 1, get_target(target_name).fewest_tokens(torch.device("cuda")))
 
 
 def _settle_single(rows: list[dict[str, Any]]) -> None:

@@ -68,10 +68,10 @@ def open_together(engines: Sequence[Lowered], sizes: Sequence[int]) -> None:
 
 class StepSizes:
     """To what a step's numbers of tokens ("T") and rows of logits ("R") are padded: to the bucket where an engine takes nothing
-    else, otherwise only to the fewest that engines of varying size take, `min_tokens`.
+    else, otherwise only to the fewest that engines of varying size take, `fewest`.
     """
 
-    def __init__(self, plan: Plan, lowered: Mapping[str, Lowered], buckets: Sequence[int], min_tokens: int) -> None:
+    def __init__(self, plan: Plan, lowered: Mapping[str, Lowered], buckets: Sequence[int], fewest: int) -> None:
         self._buckets: dict[str, list[int]] = {}
         self._fixed: dict[str, set[int]] = {}
         self._fewest: dict[str, int] = {}
@@ -81,7 +81,7 @@ class StepSizes:
             self._fixed[name] = set[int]().union(*fixed)
             demanding = [sizes for e, sizes in zip(engines, fixed) if isinstance(e, Bucketed) and not e.takes_any]
             self._buckets[name] = [b for b in buckets if all(b in sizes for sizes in demanding)]
-            self._fewest[name] = 1 if engines and all(1 in sizes for sizes in fixed) else min_tokens
+            self._fewest[name] = 1 if engines and all(1 in sizes for sizes in fixed) else fewest
 
     def padded(self, name: str, count: int) -> int:
         """The size that `count` tokens or rows are padded to."""
@@ -115,7 +115,7 @@ class Execution:
         self._lowered = lowered
         names = {file.target for file in manifest.engines} or {target}
         self._sizes = StepSizes(
-            plan, self._lowered, manifest.build.buckets, max(get_target(name).min_tokens for name in names)
+            plan, self._lowered, manifest.build.buckets, max(get_target(name).fewest_tokens(device) for name in names)
         )
         self.executor = Executor(plan, self._lowered, weights)
         self._graphs: StepGraphs | None = None

@@ -41,19 +41,34 @@ _ANY = 1 << 62
 
 HALF_TABLE = (
     Choice(rows=1, columns=_ANY, config=RowsConfig(block_n=4, block_k=2048, warps=4)),
-    Choice(rows=16, columns=8192, config=TileConfig(block_n=64, block_k=128, splits=4)),
-    Choice(rows=16, columns=_ANY, config=TileConfig(block_n=64, block_k=128)),
+    Choice(rows=16, columns=4096, config=TileConfig(block_n=64, block_k=128, splits=4)),
+    Choice(rows=16, columns=8192, config=TileConfig(block_n=64, block_k=256, stages=3)),
+    Choice(rows=32, columns=4096, config=TileConfig(block_n=64, block_k=128, splits=2)),
+    Choice(rows=32, columns=65536, config=None),
+    Choice(rows=64, columns=_ANY, config=TileConfig(block_n=128, block_k=64)),
     Choice(rows=_ANY, columns=_ANY, config=None),
 )
 """For bf16 and fp16, first line that fits."""
 
 FP8_TABLE = (
-    Choice(rows=1, columns=_ANY, config=RowsConfig(block_n=4, block_k=2048, warps=4)),
-    Choice(rows=16, columns=8192, config=TileConfig(block_n=64, block_k=256, splits=4)),
-    Choice(rows=32, columns=_ANY, config=TileConfig(block_n=64, block_k=256)),
+    Choice(rows=16, columns=4096, config=TileConfig(block_n=64, block_k=512, splits=2, stages=3)),
+    Choice(rows=16, columns=_ANY, config=TileConfig(block_n=64, block_k=256)),
+    Choice(rows=64, columns=4096, config=TileConfig(block_n=64, block_k=256, splits=2)),
+    Choice(rows=64, columns=8192, config=TileConfig(block_n=64, block_k=256)),
+    Choice(rows=64, columns=_ANY, config=TileConfig(block_n=128, block_k=128)),
+    Choice(
+        rows=128,
+        columns=4096,
+        config=TiledConfig(block_m=64, block_n=64, block_k=256, warps=4, stages=4, persistent=False),
+    ),
+    Choice(rows=128, columns=8192, config=TiledConfig(block_m=64, block_n=128, block_k=128, warps=4, stages=4)),
     Choice(rows=_ANY, columns=_ANY, config=None),
 )
 """For float8_e4m3fn, first line that fits."""
+
+LIBRARY_ROWS, LIBRARY_K = 2048, 8192
+"""Above so many values in a row, cuBLASLt's product with row-wise scales is asked for at most so many rows: at 8,192 rows of 14,336
+values its results were infinite (cuBLAS of CUDA 13.0, H200)."""
 
 INVARIANT_HALF = TiledConfig(block_m=64, block_n=64, block_k=128, warps=4, stages=4, group=8, persistent=False)
 INVARIANT_FP8 = TiledConfig(block_m=64, block_n=64, block_k=256, warps=4, stages=4, group=8, persistent=False)

@@ -67,15 +67,17 @@ class Lowered(Protocol):
 class Target(Protocol):
     """A way to run segments.
 
-    name: what stands in the manifest. extension: of the engine files, "" where a segment needs none. min_tokens: the fewest
-    rows that a lowered segment takes; the engine pads to it. fixed_sizes: whether each engine takes one size only, so that one
-    is built for every bucket.
+    name: what stands in the manifest. extension: of the engine files, "" where a segment needs none. fixed_sizes: whether each
+    engine takes one size only, so that one is built for every bucket.
     """
 
     name: str
     extension: str
-    min_tokens: int
     fixed_sizes: bool
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        """The fewest rows that a lowered segment takes; steps are padded to it."""
+        ...
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this target cannot run here (what is missing and how to get it), or None if it can."""

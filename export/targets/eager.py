@@ -31,8 +31,10 @@ class EagerTarget:
 
     name = "eager"
     extension = ""
-    min_tokens = 1
     fixed_sizes = False
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        return 1
 
     def unavailable(self, device: torch.device) -> str | None:
         return None

@@ -89,8 +89,10 @@ class InductorTarget:
 
     name = "inductor"
     extension = "pt2"
-    min_tokens = 2
     fixed_sizes = False
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        return 1 if device.type == "cuda" else 2  # exported for 2 and more; the package of the CPU checks, the CUDA source not
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type == "cuda":

@@ -25,11 +25,13 @@ class OnnxRuntimeTarget:
 
     name = "onnxruntime"
     extension = "onnx"
-    min_tokens = 1
     fixed_sizes = False
 
     def __init__(self) -> None:
         self._known: dict[str, bool] = {}
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        return 1
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cpu":

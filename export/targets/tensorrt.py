@@ -32,11 +32,13 @@ class TensorRtTarget:
 
     name = "tensorrt"
     extension = "engine"
-    min_tokens = 1
     fixed_sizes = True
 
     def __init__(self) -> None:
         self._known: dict[str, bool] = {}
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        return 1
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":

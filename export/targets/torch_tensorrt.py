@@ -41,8 +41,10 @@ class TorchTensorRtTarget:
 
     name = "torch_tensorrt"
     extension = ""
-    min_tokens = 1
     fixed_sizes = True
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        return 1
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":

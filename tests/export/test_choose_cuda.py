@@ -27,10 +27,13 @@ CONFIG = BuildConfig(
 class Stand:
     """A target that is there and lowers nothing."""
 
-    min_tokens, fixed_sizes = 1, False
+    fixed_sizes = False
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def fewest_tokens(self, device: torch.device) -> int:
+        return 1
 
     def unavailable(self, device: torch.device) -> None:
         return None

@@ -49,25 +49,25 @@ class PrefillConfig:
 # Shared memory of an H100/H200 block: 227 KiB. A stage holds block_n * (D + Dv) cache elements.
 _DECODE_CONFIGS: dict[int, DecodeConfig] = {  # widest head size -> config, 16-bit cache
     64: DecodeConfig(block_n=128, num_warps=4, num_stages=3),
-    128: DecodeConfig(block_n=64, num_warps=4, num_stages=3),
+    128: DecodeConfig(block_n=64, num_warps=2, num_stages=5),
     256: DecodeConfig(block_n=32, num_warps=4, num_stages=3),
     512: DecodeConfig(block_n=32, num_warps=8, num_stages=2),
 }
 _DECODE_FP8_CONFIGS: dict[int, DecodeConfig] = {  # 8-bit cache
     64: DecodeConfig(block_n=128, num_warps=4, num_stages=3),
-    128: DecodeConfig(block_n=64, num_warps=4, num_stages=4),
+    128: DecodeConfig(block_n=32, num_warps=1, num_stages=5),
     256: DecodeConfig(block_n=32, num_warps=4, num_stages=3),
     512: DecodeConfig(block_n=32, num_warps=8, num_stages=2),
 }
 _PREFILL_CONFIGS: dict[int, PrefillConfig] = {  # 16-bit cache
     64: PrefillConfig(block_m=128, block_n=64, num_warps=4, num_stages=3),
-    128: PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3, programs_per_processor=1),
+    128: PrefillConfig(block_m=256, block_n=64, num_warps=8, num_stages=5, programs_per_processor=4),
     256: PrefillConfig(block_m=64, block_n=64, num_warps=8, num_stages=2, programs_per_processor=1),
     512: PrefillConfig(block_m=32, block_n=32, num_warps=8, num_stages=1),
 }
 _PREFILL_FP8_CONFIGS: dict[int, PrefillConfig] = {  # 8-bit cache
     64: PrefillConfig(block_m=128, block_n=64, num_warps=4, num_stages=3),
-    128: PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3, programs_per_processor=1),
+    128: PrefillConfig(block_m=256, block_n=64, num_warps=8, num_stages=5, programs_per_processor=4),
     256: PrefillConfig(block_m=64, block_n=64, num_warps=8, num_stages=2, programs_per_processor=1),
     512: PrefillConfig(block_m=32, block_n=32, num_warps=8, num_stages=1),
 }
