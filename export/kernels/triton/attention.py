@@ -207,13 +207,17 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         "SPLITS": splits, "MIN_SPAN": min_span, "BLOCK_G": _power_of_two(group), "PDL": config.pdl, **launch
     }  # fmt: skip
     positions = max(num_seqs, call.q.shape[0]) if write else num_seqs
+    block_m = max(16, _power_of_two(group))
+    num_warps = (
+        config.num_warps if block_m == 16 else max(config.num_warps, min(8, block_m // 8))
+    )  # room for more heads
     decode_kernel[(kv * splits * positions,)](
         call.q, call.k, call.v, call.k_cache, call.v_cache, call.out, part_acc, part_top, part_total, arrived,
         call.slot_mapping, call.block_tables, call.query_start, call.seq_lens, call.sinks, call.alibi_slopes,
         num_seqs, call.q.shape[0], *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
         *call.k_cache.stride()[:3], *call.v_cache.stride()[:3], call.block_tables.stride(0),
-        call.scale / call.q_scale(), call.softcap, **call.options(), BLOCK_M=max(16, _power_of_two(group)),
-        BLOCK_N=config.block_n, WRITE=write, JOIN=last, NUM_STAGES=config.num_stages, num_warps=config.num_warps,
+        call.scale / call.q_scale(), call.softcap, **call.options(), BLOCK_M=block_m,
+        BLOCK_N=config.block_n, WRITE=write, JOIN=last, NUM_STAGES=config.num_stages, num_warps=num_warps,
         **split_options, **registers,
     )  # fmt: skip
     if splits > 1 and not last:
