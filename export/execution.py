@@ -117,7 +117,7 @@ class Execution:
         self._sizes = StepSizes(
             plan, self._lowered, manifest.build.buckets, max(get_target(name).fewest_tokens(device) for name in names)
         )
-        self.executor = Executor(plan, self._lowered, weights)
+        self.executor = Executor(plan, self._lowered, weights, batch_invariant=manifest.build.batch_invariant)
         self._graphs: StepGraphs | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 

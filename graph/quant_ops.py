@@ -113,7 +113,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of camshaft::quantize_rows: x [.., K] -> (float8_e4m3fn [.., K], float32 scales [.., 1])."""
     wide = x.float()
     scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    return (wide * (1.0 / scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 def _store_quantized(values, out, scale, row, column, keep, WIDTH: tl.constexpr):
     largest = tl.max(tl.where(keep, tl.abs(values), 0.0), 0)
     step = tl.maximum(tl.div_rn(largest, _FP8_MAX), _TINY)
-    scaled = tl.div_rn(values, step)
+    scaled = values * tl.div_rn(1.0, step)
     scaled = tl.minimum(tl.maximum(scaled, -_FP8_MAX), _FP8_MAX)
     tl.store(out + row * WIDTH + column, scaled.to(out.dtype.element_ty), mask=keep)
     tl.store(scale + row, step)
