@@ -18,7 +18,7 @@ from camshaft import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [3, 70, 20, 1, 9, 33, 5, 64, 17, 2, 41, 8]
-PROMPTS = [[(7 * i + 3 * j) % 250 + 1 for j in range(n)] for i, n in enumerate(LENGTHS)]
+PROMPTS = [[(7 * i + 3 * j) % 120 + 1 for j in range(n)] for i, n in enumerate(LENGTHS)]
 TEXTS = [
     "A dictionary maps", "The package manager keeps track of", "When a process is created, the kernel", "def main():",
     "An exception is raised if", "The file system", "To install the library,", "A thread is",
