@@ -59,6 +59,10 @@ _DECODE_FP8_CONFIGS: dict[int, DecodeConfig] = {  # 8-bit cache
     256: DecodeConfig(block_n=32, num_warps=4, num_stages=3),
     512: DecodeConfig(block_n=32, num_warps=8, num_stages=2),
 }
+_FEW_PAIRS = 512
+_DECODE_FP8_FEW: dict[int, DecodeConfig] = {  # 8-bit cache, fewer sequences times kv heads than _FEW_PAIRS: latency counts
+    128: DecodeConfig(block_n=64, num_warps=2, num_stages=5),
+}
 _PREFILL_CONFIGS: dict[int, PrefillConfig] = {  # 16-bit cache
     64: PrefillConfig(block_m=128, block_n=64, num_warps=4, num_stages=3),
     128: PrefillConfig(block_m=256, block_n=64, num_warps=8, num_stages=5, programs_per_processor=4),
@@ -73,11 +77,16 @@ _PREFILL_FP8_CONFIGS: dict[int, PrefillConfig] = {  # 8-bit cache
 }
 
 
-def decode_config(widest: int, cache_bytes: int, query_bytes: int) -> DecodeConfig:
-    """For padded head size `widest` (at most 512), bytes of a cache element and of a query element."""
+def decode_config(widest: int, cache_bytes: int, query_bytes: int, num_pairs: int = _FEW_PAIRS) -> DecodeConfig:
+    """For padded head size `widest` (at most 512), bytes of a cache element and of a query element.
+
+    num_pairs: sequences times kv heads of the step.
+    """
     if query_bytes > 2:
         return DecodeConfig(block_n=32 if widest <= 128 else 16, num_warps=4, num_stages=1)
     table = _DECODE_FP8_CONFIGS if cache_bytes == 1 else _DECODE_CONFIGS
+    if cache_bytes == 1 and num_pairs < _FEW_PAIRS:
+        table = {**table, **_DECODE_FP8_FEW}
     return table[max(64, widest)]
 
 
