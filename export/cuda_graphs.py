@@ -76,7 +76,7 @@ class StepGraphs:
         self._tables = [zeros(most, limits.table_width, dtype=torch.int32) for _ in range(limits.num_groups)]
         self._lens, self._starts = zeros(most, dtype=torch.int32), zeros(most + 1, dtype=torch.int32)
         self._sample_rows = zeros(sizes.padded("R", most), dtype=torch.int64)
-        self._logits = zeros(sizes.padded("R", most), limits.vocab_size, dtype=torch.float32)
+        self._logits: Tensor | None = None
         self._pool: Any = None
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._seen: set[StepShape] = set()
@@ -112,7 +112,7 @@ class StepGraphs:
         return StepShape(bucket_of(self._mixed_sizes, max(tokens, sequences)), sequences, sequences, False)
 
     def run(self, batch: Any) -> Tensor | None:
-        """Logits [R, V] float32 of a batch, replayed; None if its shape has no graph yet: then the caller launches it."""
+        """Logits [R, V] of a batch, replayed; None if its shape has no graph yet: then the caller launches it."""
         shape = self.shape_of(batch)
         if shape is None or shape in self.failures:
             return None
@@ -124,6 +124,7 @@ class StepGraphs:
                 return None
         self._fill(batch, shape)
         self._graphs[shape].replay()
+        assert self._logits is not None
         return self._logits[: batch.sample_rows.shape[0]]
 
     # ---------------------------------------------------------------------------------------------------------- capture
@@ -151,8 +152,10 @@ class StepGraphs:
         values, context = self._inputs(shape)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._launch(values, context)  # compiles kernels and opens engines, which a capture cannot
+            logits = self._launch(values, context)  # compiles kernels and opens engines, which a capture cannot
         self._stream.synchronize()
+        if self._logits is None:
+            self._logits = logits.new_zeros(self._sample_rows.shape[0], logits.shape[1])
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             self._logits[: values["sample_rows"].shape[0]].copy_(self._launch(values, context))

@@ -230,7 +230,9 @@ class Engine:
         return f"{', '.join(sorted(blocked))} decides on the host what it launches" if blocked else None
 
     def step(self, batch: Any) -> Tensor:
-        """Runs one step on a runtime Batch: writes keys and values, returns logits [R, V] float32 on the device.
+        """Runs one step on a runtime Batch: writes keys and values, returns logits [R, V] on the device.
+
+        They are of the dtype in which the model computes them: float32 or the compute dtype.
 
         The logits of a captured decode step are overwritten by the next one.
         """

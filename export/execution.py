@@ -151,7 +151,7 @@ class Execution:
 
     @torch.inference_mode()
     def step(self, batch: Any) -> Tensor:
-        """Logits [R, V] float32 of a runtime Batch; keys and values are in the caches afterwards."""
+        """Logits [R, V] of a runtime Batch, of the dtype in which the model computes them; keys and values are written."""
         if self._graphs is not None and (logits := self._graphs.run(batch)) is not None:
             return logits
         num_rows = batch.sample_rows.shape[0]
@@ -169,7 +169,7 @@ class Execution:
             "sample_rows": _pad(batch.sample_rows, rows, 0),
         }
         with self._on_stream():
-            return self._launch(values, context).float()[:num_rows]
+            return self._launch(values, context)[:num_rows]
 
     def _launch(self, values: Mapping[str, Tensor], context: StepContext) -> Tensor:
         logits = self.executor.run([values[name] for name in self._inputs], context)[0]

@@ -122,7 +122,10 @@ class Engine(Protocol):
         ...
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """Runs the model: writes the new tokens' keys and values and returns logits [R, V] float32 on `device`."""
+        """Runs the model: writes the new tokens' keys and values and returns logits [R, V] on `device`.
+
+        Of any float dtype; what they say is compared as it is, and summed in float32.
+        """
         ...
 
 

@@ -212,4 +212,4 @@ class Runner:
         targets: Sequence[int] = request.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
         if targets:
             tokens = upload(np.array(targets, dtype=np.int64), logits.device)
-            step.prompts.append((index, token_logprobs(logits[: len(targets)], tokens, num_top)))
+            step.prompts.append((index, token_logprobs(logits[: len(targets)].float(), tokens, num_top)))

@@ -115,7 +115,8 @@ class _Plan:
         self.penalised: list[int] = []
         self.ruled: list[int] = []
         self.random: list[int] = []
-        if all([s.plain for s in states]):
+        self.only_compares = all([s.plain for s in states])
+        if self.only_compares:
             return
         self.penalised = [i for i, s in enumerate(states) if s.penalised]
         self.ruled = [i for i, s in enumerate(states) if s.ruled]
@@ -179,7 +180,8 @@ class Sampler:
         """Samples a token for every row; the logits are consumed (their memory may be overwritten).
 
         Args:
-            logits_RV: [R, V] float32 on the sampler's device, as the model gave them.
+            logits_RV: [R, V] of any float dtype on the sampler's device, as the model gave them. Where all rows are greedy
+                and nothing else is asked for, they are compared as they are; otherwise they are worked on in float32.
             states: one per row.
             num_outputs: [R] the number of the token that is to be sampled, from 0, tokens in flight counted.
 
@@ -194,6 +196,8 @@ class Sampler:
         plan = self._plan
         if plan is None or plan.states != states:
             plan = self._plan = _Plan(states, self.vocab_size, self.device)
+        if not plan.only_compares or self.device.type == "cpu":
+            logits_RV = logits_RV.float()
         raw = _select(logits_RV, plan.logprob_index_R).clone() if plan.logprob_rows else None
         if plan.penalised:
             penalised = [plan.states[i] for i in plan.penalised]

@@ -20,7 +20,7 @@ class _Replay:
 
     def replay(self) -> None:
         values, context = self._inputs
-        self._graphs._logits[: values["sample_rows"].shape[0]].copy_(self._graphs._launch(values, context))
+        self._graphs._logits = self._graphs._launch(values, context)
         self._graphs.replayed.append(self._shape)
 
 
