@@ -2,7 +2,8 @@
 
 A graph launches a whole step in one call, so a step costs the device's time instead of the host's. Two kinds of shapes:
 
-    decode   S sequences with one row each         captured at the start, for every size that `max_sequences` can need
+    decode   S sequences with one row each         powers of two and the largest size are captured at the start, the sizes between
+                                                   them when they have been needed often; until then the next larger one serves
     mixed    T rows of S sequences, R rows sampled captured when the same shape comes a second time; the first launch, piece by
                                                    piece, has compiled its kernels and opened its engines
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 Launch = Callable[[Mapping[str, Tensor], StepContext], Tensor]
 """Launches a step on the current stream: (plan inputs by name, metadata) -> logits [R, V] in the compute dtype."""
+
+
+_USES_BEFORE_CAPTURE = 8
+"""Decode steps of a size between two captured ones that run in the larger, before that size gets a graph of its own."""
 
 
 class CaptureLimits(NamedTuple):
@@ -79,7 +85,7 @@ class StepGraphs:
         self._logits: Tensor | None = None
         self._pool: Any = None
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
-        self._seen: set[StepShape] = set()
+        self._uses: Counter[StepShape] = Counter()
         self.failures: dict[StepShape, str] = {}
         """Shapes that could not be captured, with the reason; their steps are launched piece by piece."""
         self.num_bytes, self.seconds = 0, 0.0
@@ -91,9 +97,10 @@ class StepGraphs:
         return tuple(self._graphs)
 
     def capture_decodes(self) -> None:
-        """Captures the largest step and all decode steps, the largest first: the others find room in its memory."""
+        """Captures the largest step and decode steps, the largest first: the others find room in its memory."""
         largest = StepShape(self._mixed_sizes[-1], self._row_sizes[-1], self._row_sizes[-1], False)
-        for shape in (largest, *(StepShape(size, size, size, True) for size in reversed(self.decode_sizes))):
+        sizes = [size for size in self.decode_sizes if size & (size - 1) == 0 or size == self.decode_sizes[-1]]
+        for shape in (largest, *(_decode(size) for size in reversed(sizes))):
             self._capture(shape)
         torch.cuda.synchronize(self._device)
         logger.info(
@@ -104,28 +111,38 @@ class StepGraphs:
         """The shape that a runtime Batch runs in; None for one that is never captured (more rows of logits than sequences)."""
         count, tokens, rows = batch.seq_lens.shape[0], batch.token_ids.shape[0], batch.sample_rows.shape[0]
         if batch.max_query_len == 1 and tokens == rows == count <= self.decode_sizes[-1]:
-            size = bucket_of(self.decode_sizes, count)
-            return StepShape(size, size, size, True)
+            return _decode(bucket_of(self.decode_sizes, count))
         if count > self._row_sizes[-1] or rows > count or tokens > self._mixed_sizes[-1]:
             return None
         sequences = bucket_of(self._row_sizes, count)
         return StepShape(bucket_of(self._mixed_sizes, max(tokens, sequences)), sequences, sequences, False)
 
     def run(self, batch: Any) -> Tensor | None:
-        """Logits [R, V] of a batch, replayed; None if its shape has no graph yet: then the caller launches it."""
-        shape = self.shape_of(batch)
-        if shape is None or shape in self.failures:
+        """Logits [R, V] of a batch, replayed; None if no captured shape holds it yet: then the caller launches it."""
+        shape = self._captured(batch)
+        if shape is None:
             return None
-        if shape not in self._graphs:
-            if shape not in self._seen:
-                self._seen.add(shape)
-                return None
-            if not self._capture(shape):
-                return None
         self._fill(batch, shape)
         self._graphs[shape].replay()
         assert self._logits is not None
         return self._logits[: batch.sample_rows.shape[0]]
+
+    def _captured(self, batch: Any) -> StepShape | None:
+        """The shape with a graph that a batch runs in; captures one if it is time to."""
+        shape = self.shape_of(batch)
+        if shape is None or shape in self._graphs:
+            return shape
+        self._uses[shape] += 1
+        larger = (
+            [other for other in self._graphs if other.decode and other.tokens > shape.tokens] if shape.decode else []
+        )
+        if (
+            shape not in self.failures
+            and self._uses[shape] > (_USES_BEFORE_CAPTURE if larger else 1)
+            and self._capture(shape)
+        ):
+            return shape
+        return min(larger, default=None)
 
     # ---------------------------------------------------------------------------------------------------------- capture
     def _capture(self, shape: StepShape) -> bool:
@@ -197,3 +214,7 @@ class StepGraphs:
         padded = self._sizes.padded("R", shape.rows)
         if rows < padded:
             self._sample_rows[rows:padded].zero_()
+
+
+def _decode(size: int) -> StepShape:
+    return StepShape(size, size, size, True)

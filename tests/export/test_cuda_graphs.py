@@ -85,6 +85,18 @@ def test_a_failed_capture_is_launched_piece_by_piece(engine: Engine) -> None:
         assert graphs.failures and not graphs.replayed
 
 
+def test_sizes_between_captured_ones_run_in_the_larger_until_they_are_needed_often(engine: Engine) -> None:
+    with LLM(engine) as llm:
+        graphs = OnCpu.of(engine)
+        graphs.decode_sizes = (1, 2, 3, 4, 8)
+        for size in (8, 4):
+            graphs._capture(StepShape(size, size, size, True))
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        llm.generate(PROMPTS[:3], params)
+        sizes = [shape.tokens for shape in graphs.replayed if shape.decode]
+        assert sizes == [4] * 8 + [3] * (len(sizes) - 8) and len(sizes) > 12
+
+
 def test_prompt_logprobs_are_never_captured(engine: Engine) -> None:
     with LLM(engine) as llm:
         graphs = OnCpu.of(engine)
