@@ -5,7 +5,7 @@ Semantic operators are replaced by their plain definitions where the target want
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,12 +37,14 @@ class InliningInterpreter(fx.Interpreter):
         return function(*args, **kwargs) if function is not None else super().call_function(target, args, kwargs)
 
 
-def example_inputs(segment: Segment, device: torch.device, num_tokens: int) -> list[Tensor]:
+def example_inputs(
+    segment: Segment, device: torch.device, num_tokens: int, fixed: Mapping[str, int] | None = None
+) -> list[Tensor]:
     """Tensors that fit the segment's inputs; varying sizes are `num_tokens`, sampled rows `num_tokens - 1`.
 
-    A module's segment has sizes of its own, those of the module's trace.
+    A module's segment has sizes of its own, those of the module's trace. fixed: values of some sizes instead.
     """
-    sizes = {"R": max(num_tokens - 1, 2), **segment.sizes}
+    sizes = {"R": max(num_tokens - 1, 2), **segment.sizes, **(fixed or {})}
     inputs = []
     for entry in segment.placeholders:
         shape = [sizes.get(s, num_tokens) if isinstance(s, str) else s for s in entry["shape"]]
@@ -50,8 +52,8 @@ def example_inputs(segment: Segment, device: torch.device, num_tokens: int) -> l
     return inputs
 
 
-def dynamic_shapes(segment: Segment, max_tokens: int) -> list[dict[int, Any]]:
-    """Which sizes of the inputs vary, for torch.export. Those of a module are left to it, limits and all."""
+def dynamic_shapes(segment: Segment, max_tokens: int, fixed: Mapping[str, int] | None = None) -> list[dict[int, Any]]:
+    """Which sizes of the inputs vary, for torch.export: all but `fixed`. Those of a module are left to it, limits and all."""
     dims: dict[str, Any] = {}
     shapes = []
     for entry in segment.placeholders:
@@ -59,7 +61,7 @@ def dynamic_shapes(segment: Segment, max_tokens: int) -> list[dict[int, Any]]:
         for axis, size in enumerate(entry["shape"]):
             if segment.sizes and isinstance(size, str):
                 varying[axis] = torch.export.Dim.DYNAMIC
-            elif isinstance(size, str):
+            elif isinstance(size, str) and size not in (fixed or {}):
                 dims.setdefault(size, torch.export.Dim(size, min=2, max=max(max_tokens, 16)))
                 varying[axis] = dims[size]
         shapes.append(varying)
@@ -71,11 +73,11 @@ def export_segment(
     device: torch.device,
     max_tokens: int,
     inline: Callable[[Any], Callable[..., Any] | None],
+    fixed: Mapping[str, int] | None = None,
 ) -> torch.export.ExportedProgram:
-    """Exports a segment with its weights as inputs: one list argument, activations first."""
+    """Exports a segment with its weights as inputs: one list argument, activations first. fixed: sizes that do not vary."""
     module = _Inlined(segment.graph_module(device), inline)
-    examples: Sequence[Tensor] = example_inputs(segment, device, 8)
+    examples: Sequence[Tensor] = example_inputs(segment, device, 8, fixed)
+    shapes = {"inputs": dynamic_shapes(segment, max_tokens, fixed)}
     with torch.no_grad():
-        return torch.export.export(
-            module, (list(examples),), dynamic_shapes={"inputs": dynamic_shapes(segment, max_tokens)}, strict=False
-        )
+        return torch.export.export(module, (list(examples),), dynamic_shapes=shapes, strict=False)

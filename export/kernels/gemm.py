@@ -2,6 +2,7 @@
 
     linear                 bf16 and fp16 weights    few rows: Triton; else cuBLAS
     scaled_linear          fp8 weights and rows     few rows: Triton; else cuBLASLt (`torch._scaled_mm`) or Triton's tiles
+    weight_only_linear     fp8 weights, plain rows  one row: Triton; more are that many products of one row
     invariant_*            all of them              one kernel and configuration for any T: a row's result does not depend on T
 
 The tables below are measurements on an H200 (`bench/gpu_linear.py`); on other GPUs they are right, and may not be the fastest.
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gemm_ops
+from .gemm_one_row import OneRowConfig, multiply_one_row
 from .gemm_skinny import RowsConfig, TileConfig, multiply_rows, multiply_tile
 from .gemm_tiled import ALIGNMENT_BYTES, TiledConfig, multiply_tiled
 
-Config = RowsConfig | TileConfig | TiledConfig
+Config = OneRowConfig | RowsConfig | TileConfig | TiledConfig
 HALF = (torch.float16, torch.bfloat16)
 FP8 = torch.float8_e4m3fn
 
@@ -66,6 +68,13 @@ FP8_TABLE = (
 )
 """For float8_e4m3fn, first line that fits."""
 
+WEIGHT_ONLY_TABLE = (
+    Choice(rows=_ANY, columns=4096, config=OneRowConfig(block_n=16, block_k=1024, warps=8, stages=3)),
+    Choice(rows=_ANY, columns=8192, config=OneRowConfig(block_n=8, block_k=2048, stages=3)),
+    Choice(rows=_ANY, columns=_ANY, config=OneRowConfig(block_n=8, block_k=2048)),
+)
+"""For an fp8 weight and rows of 16 bits, first line that fits. A line for one row may name any kernel that takes one."""
+
 LIBRARY_ROWS, LIBRARY_K = 2048, 8192
 """Above so many values in a row, cuBLASLt's product with row-wise scales is asked for at most so many rows: at 8,192 rows of 14,336
 values its results were infinite (cuBLAS of CUDA 13.0, H200)."""
@@ -84,7 +93,13 @@ def run(
     config: Config, x: Tensor, weight: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """x [T, K] @ weight [N, K]^T in the kernel of `config` -> [T, N] in `dtype`. Scales [T, 1] and [N]: both or none."""
+    """x [T, K] @ weight [N, K]^T in the kernel of `config` -> [T, N] in `dtype`.
+
+    Scales [T, 1] and [N]: both or none; the latter alone where rows of 16 bits meet an fp8 weight (not in a TiledConfig).
+    """
+    if isinstance(config, OneRowConfig):
+        assert x_scale is None and weight_scale is not None
+        return multiply_one_row(x, weight, weight_scale, bias, dtype, config)
     if isinstance(config, RowsConfig):
         return multiply_rows(x, weight, x_scale, weight_scale, bias, dtype, config)
     if isinstance(config, TileConfig):
@@ -117,6 +132,18 @@ def scaled_linear(
     else:
         out = run(_early(config, x.device), rows, weight, scales, weight_scale, bias, dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def weight_only_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`camshaft::weight_only_linear` on CUDA: x [.., K], fp8 weight [N, K] with scales [N], bias [N] or None."""
+    rows = _rows(x)
+    config = choose(WEIGHT_ONLY_TABLE, rows.shape[0], weight.shape[0])
+    assert config is not None
+    if rows.shape[0] == 1:
+        config = _early(config, x.device)
+    return run(config, rows, weight, None, weight_scale, bias, dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def scaled_library(
@@ -179,31 +206,38 @@ ROW_CLASSES = (1, 2, 4, 16, 32, 64)
 """Numbers of rows between which no other kernel is compiled."""
 
 
-def prepare(layers: Iterable[Layer], dtype: torch.dtype, device: torch.device) -> int:
+def prepare(layers: Iterable[Layer], dtype: torch.dtype, device: torch.device, *, one_row: bool = False) -> int:
     """Compiles the kernels that layers need for any number of rows, several at once; those in Triton's cache are only loaded.
 
-    dtype: of the results. Call it before a CUDA graph is captured, which cannot be done while a kernel is compiled. Returns how
-    many there are.
+    dtype: of the results. one_row: also what fp8 layers need for one row that is not quantized. Call it before a CUDA graph is
+    captured, which cannot be done while a kernel is compiled. Returns how many there are.
     """
-    jobs: dict[tuple[Config, int, int, bool], Layer] = {}
+    jobs: dict[tuple[Config, int, int, bool, torch.dtype], Layer] = {}
     for layer in layers:
-        table = FP8_TABLE if layer.dtype == FP8 else HALF_TABLE
         for rows in ROW_CLASSES:
-            config = choose(table, rows, layer.n)
+            config = choose(FP8_TABLE if layer.dtype == FP8 else HALF_TABLE, rows, layer.n)
             if config is not None:
                 padded = rows if isinstance(config, RowsConfig) else max(16, rows)
-                jobs.setdefault((_early(config, device), padded, layer.k % config.block_k, layer.bias), layer)
+                remainder = layer.k % config.block_k
+                jobs.setdefault((_early(config, device), padded, remainder, layer.bias, layer.dtype), layer)
+        if one_row and layer.dtype == FP8:
+            config = choose(WEIGHT_ONLY_TABLE, 1, layer.n)
+            assert config is not None
+            jobs.setdefault((_early(config, device), 1, layer.k, layer.bias, dtype), layer)
 
-    def build(config: Config, rows: int, layer: Layer) -> None:
-        x = torch.zeros((rows, layer.k), device=device).to(layer.dtype)
+    def build(config: Config, rows: int, x_dtype: torch.dtype, layer: Layer) -> None:
+        x = torch.zeros((rows, layer.k), device=device).to(x_dtype)
         weight = torch.zeros((64, layer.k), device=device).to(layer.dtype)
         bias = torch.zeros(64, dtype=dtype, device=device) if layer.bias else None
-        scaled = layer.dtype == FP8
-        x_scale = torch.ones(rows, 1, device=device) if scaled else None
-        run(config, x, weight, x_scale, torch.ones(64, device=device) if scaled else None, bias, dtype)
+        x_scale = torch.ones(rows, 1, device=device) if x_dtype == FP8 else None
+        weight_scale = torch.ones(64, device=device) if layer.dtype == FP8 else None
+        run(config, x, weight, x_scale, weight_scale, bias, dtype)
 
     with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as pool:  # the interpreter runs one kernel at a time
-        for job in [pool.submit(build, config, rows, layer) for (config, rows, _, _), layer in jobs.items()]:
+        begun = [
+            pool.submit(build, config, rows, x_dtype, layer) for (config, rows, *_, x_dtype), layer in jobs.items()
+        ]
+        for job in begun:
             job.result()
     return len(jobs)
 

@@ -4,10 +4,12 @@
     camshaft::invariant_linear           aten.linear, with a row's result independent of the other rows, to the last bit
     camshaft::scaled_linear              (defined in graph/quant_ops.py; its CUDA kernels are registered here)
     camshaft::invariant_scaled_linear    scaled_linear, with a row's result independent of the other rows, to the last bit
+    camshaft::weight_only_linear         scaled_linear of rows that are not quantized; made by `inline_one_row`
 
-Two operators that end in a quantization have kernels written by hand (`row_quantize`), used where WHOLE_QUANTIZATIONS names them:
+Operators that end in a quantization have kernels written by hand (`row_quantize`), used where WHOLE_QUANTIZATIONS names them:
 
     camshaft::add_rms_norm_quantize, camshaft::glu_quantize    (defined in graph/ops.py)
+    camshaft::quantize_rows                                    (defined in graph/quant_ops.py)
 
 Importing this registers them and imports neither Triton nor CUDA. Compiled segments name them, so it is imported before one is
 opened. On the CPU they are their definitions, and nothing is promised of invariance.
@@ -30,18 +32,19 @@ from ...graph.registry import define, implement
 EARLY_LAUNCHES = False
 """Whether compiled segments launch each kernel as the one before it ends (programmatic dependent launch, 9.0 and later)."""
 
-WHOLE_QUANTIZATIONS: frozenset[str] = frozenset({"add_rms_norm_quantize", "glu_quantize"})
-"""Which of "add_rms_norm_quantize" and "glu_quantize" run in the kernels written by hand; Inductor makes the others.
+WHOLE_QUANTIZATIONS: frozenset[str] = frozenset({"add_rms_norm_quantize", "glu_quantize", "quantize_rows"})
+"""Which of these three run in the kernels written by hand; Inductor makes the others.
 
-On an H200, 8,192 rows of Llama-3.1-8B: 0.06 and 0.25 ms by hand, 0.16 and 0.78 ms by Inductor (`bench/gpu_linear.py`).
-Not together with EARLY_LAUNCHES: Inductor's kernels wait for the node before them, which among several outputs may be another.
+On an H200, 8,192 rows of Llama-3.1-8B: norm and gate take 0.06 and 0.25 ms by hand, 0.16 and 0.78 ms by Inductor
+(`bench/gpu_linear.py`). Not together with EARLY_LAUNCHES: Inductor's kernels wait for the node before them, which among several
+outputs may be another.
 """
 
 Inline = Callable[[Any], Callable[..., Any] | None]
 """Operator -> the function that takes its place while a segment is exported, or None where it stays."""
 
-_WIDEST_ROW = 65536
-"""Values, of gate and up together: `row_quantize.MAX_WIDTH` of each."""
+_WIDEST_ROW = 32768
+"""Values: `row_quantize.MAX_WIDTH`. A gate's input has twice as many."""
 _ATEN_LINEAR = torch.ops.aten.linear.default
 _SCALED = torch.ops.camshaft.scaled_linear.default
 
@@ -66,6 +69,21 @@ define(
     " -> Tensor",
     quant_ops.QUANT_DEFINITIONS[torch.ops.camshaft.scaled_linear.default],
     _scaled_linear_fake,
+)
+
+
+def _weight_only_definition(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    product = torch.matmul(x.float(), weight.float().t()) * weight_scale
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+# x [.., K] bf16 or fp16, weight [N, K] float8_e4m3fn with scales [N], bias [N] or None -> [.., N] in `dtype`, rounded once.
+define(
+    "weight_only_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor",
+    _weight_only_definition,
+    lambda x, weight, weight_scale, bias, dtype: x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype),
 )
 
 
@@ -97,6 +115,22 @@ def _invariant_scaled_linear(
     return gemm.invariant_scaled_linear(x, x_scale, weight, weight_scale, bias, dtype)
 
 
+def _weight_only_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from . import gemm
+
+    return gemm.weight_only_linear(x, weight, weight_scale, bias, dtype)
+
+
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    from . import row_quantize
+
+    if x.shape[-1] > _WIDEST_ROW:
+        return quant_ops.quantize_rows(x)
+    return row_quantize.quantize_rows(x.contiguous())
+
+
 def _add_rms_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +146,9 @@ def _glu_quantize(gate_up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 implement("add_rms_norm_quantize", _add_rms_norm_quantize, "CUDA")
+implement("quantize_rows", _quantize_rows, "CUDA")
 implement("glu_quantize", _glu_quantize, "CUDA")
+implement("weight_only_linear", _weight_only_linear, "CUDA")
 implement("linear", _linear, "CUDA")
 implement("invariant_linear", _invariant_linear, "CUDA")
 implement("scaled_linear", _scaled_linear, "CUDA")
@@ -146,7 +182,8 @@ def _overload(name: str) -> Any:
 
 def _whole_quantization(target: Any, definition: Callable[..., Any], x: Tensor, *args: Any) -> Any:
     """The operator itself for rows that its kernel holds, else its definition."""
-    return (target if x.shape[-1] <= _WIDEST_ROW else definition)(x, *args)
+    widest = 2 * _WIDEST_ROW if target is _overload("glu_quantize") else _WIDEST_ROW
+    return (target if x.shape[-1] <= widest else definition)(x, *args)
 
 
 def _whole(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,8 @@ Two kernels. Both read every weight once and sum in an order that the configurat
     K split in SPLITS      tile n:  | split 0 | split 1 | split 2 |    partial sums -> workspace [SPLITS, T, N] fp32;
                                                                        who arrives last adds them, in order of the splits
 
-fp8 operands carry scales, x_scale [T] and weight_scale [N], which multiply the fp32 sum.
+fp8 operands carry scales, x_scale [T] and weight_scale [N], which multiply the fp32 sum. x may also be bf16 or fp16, without
+scales, beside an fp8 weight, which is then widened in registers: both types hold every float8_e4m3fn.
 
 Launched with `overlap` (programmatic dependent launch, compute capability 9.0), a kernel begins while the one before it ends: it
 asks for its first weights to be brought to the L2 cache, then waits before it reads x or writes anything.
@@ -28,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .triton.softmax import widen
 
 MAX_ROWS = 64
 """Most rows of x that the tile kernel takes."""
@@ -51,7 +54,8 @@ class RowsConfig:
 class TileConfig:
     """How the tile kernel cuts the work. splits: of K; weight_left: which operand of the tensor cores the weight is.
 
-    tma: the tensor memory accelerator fetches the weight (compute capability 9.0; rows of a multiple of 16 bytes).
+    tma: the tensor memory accelerator fetches the weight (compute capability 9.0; rows of a multiple of 16 bytes). asm: an fp8
+    weight beside wider rows is widened by written-out instructions (compute capability 8.9 and later).
     """
 
     block_n: int
@@ -62,11 +66,12 @@ class TileConfig:
     weight_left: bool = True
     tma: bool = False
     overlap: bool = False
+    asm: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------- device code
 @triton.jit
-def _prefetch(weight, offs_n, K, start_k, LINES: tl.constexpr):
+def prefetch(weight, offs_n, K, start_k, LINES: tl.constexpr):
     # The L2 cache asks for LINES lines of every row; nothing waits for them.
     per_line: tl.constexpr = _LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
     at = weight + offs_n[:, None] * K + start_k + tl.arange(0, LINES)[None, :] * per_line
@@ -76,7 +81,7 @@ def _prefetch(weight, offs_n, K, start_k, LINES: tl.constexpr):
 
 
 @triton.jit
-def _await_previous():
+def await_previous():
     # Everything before is finished and visible after the wait; only then may the next kernel come: what it reads may stem
     # from kernels further back.
     tl.extra.cuda.gdc_wait()
@@ -87,9 +92,9 @@ def _await_previous():
 def _finish(total, x_scale, weight_scale, bias, m, n, keep_m, keep_n, SCALED: tl.constexpr, BIAS: tl.constexpr):
     # total [BLOCK_N, BLOCK_M] fp32 -> scaled, biased
     if SCALED:
-        row = tl.load(x_scale + m, mask=keep_m, other=0.0)
-        column = tl.load(weight_scale + n, mask=keep_n, other=0.0)
-        total = total * row[None, :] * column[:, None]
+        if x_scale is not None:
+            total = total * tl.load(x_scale + m, mask=keep_m, other=0.0)[None, :]
+        total = total * tl.load(weight_scale + n, mask=keep_n, other=0.0)[:, None]
     if BIAS:
         total += tl.load(bias + n, mask=keep_n, other=0.0).to(tl.float32)[:, None]
     return total
@@ -110,8 +115,9 @@ def _store_row(
     total = tl.sum(acc, 1)
     keep = (n < N) & (m < num_rows)
     if SCALED:
-        row = tl.load(x_scale + tl.minimum(m, num_rows - 1))
-        total = total * row * tl.load(weight_scale + n, mask=keep, other=0.0)
+        if x_scale is not None:
+            total = total * tl.load(x_scale + tl.minimum(m, num_rows - 1))
+        total = total * tl.load(weight_scale + n, mask=keep, other=0.0)
     if BIAS:
         total += tl.load(bias + n, mask=keep, other=0.0).to(tl.float32)
     tl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=keep)
@@ -126,8 +132,8 @@ def _rows_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = tl.minimum(n, N - 1).to(tl.int64)
     if OVERLAP:
-        _prefetch(weight, offs_n, K, 0, LINES)
-        _await_previous()
+        prefetch(weight, offs_n, K, 0, LINES)
+        await_previous()
     acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -154,12 +160,41 @@ def _rows_kernel(
         _store_row(acc3, x_scale, weight_scale, bias, out, 3, num_rows, n, N, SCALED, BIAS)
 
 
+@triton.jit
+def _widen(w, dtype: tl.constexpr, ASM: tl.constexpr):
+    # float8_e4m3fn -> dtype, exact. ASM: as instructions that stay where they are; the compiler would otherwise convert after the
+    # values have been brought into the tensor cores' order, one or two bytes at a time.
+    if ASM and w.dtype == tl.float8e4nv and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high, h0, h1, h2, h3;
+            .reg .b32 first, second;
+            .reg .f32 f0, f1, f2, f3;
+            mov.b32 {low, high}, $2;
+            cvt.rn.f16x2.e4m3x2 first, low;
+            cvt.rn.f16x2.e4m3x2 second, high;
+            mov.b32 {h0, h1}, first;
+            mov.b32 {h2, h3}, second;
+            cvt.f32.f16 f0, h0;
+            cvt.f32.f16 f1, h1;
+            cvt.f32.f16 f2, h2;
+            cvt.f32.f16 f3, h3;
+            cvt.rn.bf16x2.f32 $0, f1, f0;
+            cvt.rn.bf16x2.f32 $1, f3, f2;
+            }
+            """,
+            "=r,=r,r", [w], dtype=tl.bfloat16, is_pure=False, pack=4,
+        )  # fmt: skip
+    return widen(w, dtype, ASM)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _tile_kernel(
     x, weight, tiles, x_scale, weight_scale, bias, out, partial, arrived, num_rows, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, EVEN_K: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, WEIGHT_LEFT: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr, LINES: tl.constexpr,
+    OVERLAP: tl.constexpr, LINES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -171,8 +206,8 @@ def _tile_kernel(
     first = split * span
     end = tl.minimum(first + span, K)
     if OVERLAP:
-        _prefetch(weight, offs_n, K, first, LINES)
-        _await_previous()
+        prefetch(weight, offs_n, K, first, LINES)
+        await_previous()
     if WEIGHT_LEFT:
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
@@ -191,6 +226,8 @@ def _tile_kernel(
             rows = tl.load(x_at, mask=keep_m[:, None], other=0.0)
         else:
             rows = tl.load(x_at, mask=keep_m[:, None] & (k[None, :] < K), other=0.0)
+        if w.dtype != rows.dtype:
+            w = _widen(w, rows.dtype, ASM)
         if WEIGHT_LEFT:
             acc = tl.dot(w, tl.trans(rows), acc)
         else:
@@ -222,7 +259,7 @@ def multiply_rows(
 ) -> Tensor:  # fmt: skip
     """The rows kernel: x [T, K], weight [N, K] of one dtype, contiguous -> [T, N] in `dtype`. T from 1 to 4.
 
-    x_scale [T] or [T, 1] and weight_scale [N], fp32: both or none.
+    x_scale [T] or [T, 1] and weight_scale [N], fp32: both or none; the latter alone where x is wider than an fp8 weight.
     """
     num_rows, k = x.shape
     n = weight.shape[0]
@@ -233,8 +270,8 @@ def multiply_rows(
         _rows_kernel[(triton.cdiv(n, config.block_n),)](
             x, weight, x_scale, weight_scale, bias, out, num_rows, n, k,
             ROWS=triton.next_power_of_2(num_rows), BLOCK_N=config.block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
-            SCALED=x_scale is not None, BIAS=bias is not None, STAGES=config.stages, OVERLAP=config.overlap,
-            LINES=_prefetch_lines(weight, block_k), num_warps=config.warps, **_launch_options(config.overlap),
+            SCALED=weight_scale is not None, BIAS=bias is not None, STAGES=config.stages, OVERLAP=config.overlap,
+            LINES=prefetch_lines(weight, block_k), num_warps=config.warps, **launch_options(config.overlap),
         )  # fmt: skip
     return out
 
@@ -245,7 +282,7 @@ def multiply_tile(
 ) -> Tensor:  # fmt: skip
     """The tile kernel: x [T, K], weight [N, K] of one dtype, contiguous -> [T, N] in `dtype`. T from 1 to 64.
 
-    x_scale [T] or [T, 1] and weight_scale [N], fp32: both or none.
+    x_scale [T] or [T, 1] and weight_scale [N], fp32: both or none; the latter alone where x is wider than an fp8 weight.
     """
     num_rows, k = x.shape
     n = weight.shape[0]
@@ -261,19 +298,20 @@ def multiply_tile(
         _tile_kernel[(tiles, config.splits)](
             x, weight, fetched, x_scale, weight_scale, bias, out, partial, arrived, num_rows, n, k,
             BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-            SPLITS=config.splits, EVEN_K=k % config.block_k == 0, SCALED=x_scale is not None, BIAS=bias is not None,
+            SPLITS=config.splits, EVEN_K=k % config.block_k == 0, SCALED=weight_scale is not None, BIAS=bias is not None,
             WEIGHT_LEFT=config.weight_left, TMA=config.tma, STAGES=config.stages, OVERLAP=config.overlap,
-            LINES=_prefetch_lines(weight, config.block_k * config.stages), num_warps=config.warps,
-            **_launch_options(config.overlap),
+            LINES=prefetch_lines(weight, config.block_k * config.stages), ASM=config.asm and x.is_cuda,
+            num_warps=config.warps, **launch_options(config.overlap),
         )  # fmt: skip
     return out
 
 
-def _launch_options(overlap: bool) -> dict[str, bool]:
+def launch_options(overlap: bool) -> dict[str, bool]:
+    """What a kernel that calls `await_previous` is launched with."""
     return {"launch_pdl": True} if overlap else {}
 
 
-def _prefetch_lines(weight: Tensor, values: int) -> int:
+def prefetch_lines(weight: Tensor, values: int) -> int:
     """Lines of the L2 cache that hold the first `values` of a row: at most 8, a power of two."""
     lines = max(1, min(8, values * weight.element_size() // 128))
     return 1 << (lines.bit_length() - 1)

@@ -1,6 +1,7 @@
 """inductor: a segment compiled ahead of time by Inductor. Weights are inputs; T varies.
 
-On CUDA linear layers stay whole (`kernels.gemm_ops`): their kernels are chosen by the number of rows when the segment runs.
+On CUDA linear layers stay whole (`kernels.gemm_ops`): their kernels are chosen by the number of rows when the segment runs. A
+segment with fp8 layers is compiled twice, the second time for one token (`one_row`).
 
 CPU: an AOTInductor package (C++). CUDA: Inductor's Python wrapper with its Triton binaries (`inductor_source`): it builds in a
 third of the time and needs no C++ compiler, whose own libstdc++, if it is linked statically, crashes an AOTInductor package.
@@ -22,12 +23,15 @@ from ...graph import ops
 from ..kernels import gemm_ops
 from ..segment import Segment
 from ..trace import export_segment
+from . import one_row
 from .base import Bound, Built, Lowered, LoweringError, LowerRequest, Workers
-from .inductor_source import Compiled, aligned, compile_archive, open_archive
+from .inductor_source import Compiled, aligned, compile_archive, open_archive, variants_of
 
 logger = logging.getLogger(__name__)
 
 _MOE = torch.ops.camshaft.moe.default
+_ONE_ROW = "one_row"
+"""The name of a segment's variant for one token."""
 
 
 def _options(request: LowerRequest) -> dict[str, bool]:
@@ -55,13 +59,13 @@ def linear_layers(segment: Segment) -> list[tuple[int, int, torch.dtype, bool]]:
     return list(found)
 
 
-def _prepare_kernels(segment: Segment, device: torch.device) -> None:
+def _prepare_kernels(segment: Segment, device: torch.device, *, one_row: bool) -> None:
     from ..kernels import gemm
 
     dtypes = {entry["dtype"] for entry in segment.placeholders} & {"float16", "bfloat16"}
     if dtypes:
         dtype = getattr(torch, min(dtypes))
-        gemm.prepare([gemm.Layer(*layer) for layer in linear_layers(segment)], dtype, device)
+        gemm.prepare([gemm.Layer(*layer) for layer in linear_layers(segment)], dtype, device, one_row=one_row)
 
 
 class _InductorSegment:
@@ -75,13 +79,50 @@ class _InductorSegment:
 
 
 class _SourceSegment:
-    def __init__(self, compiled: Compiled) -> None:
-        self._compiled = compiled
+    """compiled: for any number of tokens; one_row: for one, or None; token_axis: the input and the axis that tell."""
+
+    def __init__(
+        self, compiled: Compiled, one_row: Compiled | None = None, token_axis: tuple[int, int] | None = None
+    ) -> None:
+        self._compiled, self._one_row, self._token_axis = compiled, one_row, token_axis
 
     def bind(self, weights: Sequence[Tensor]) -> Bound:
         bound = [aligned(weight) for weight in weights]
-        call = self._compiled
-        return lambda *inputs: call([*map(aligned, inputs), *bound])
+        call, alone = self._compiled, self._one_row
+        if alone is None or self._token_axis is None:
+            return lambda *inputs: call([*map(aligned, inputs), *bound])
+        index, axis = self._token_axis
+
+        def run(*inputs: Tensor) -> Sequence[Tensor]:
+            return (alone if inputs[index].shape[axis] == 1 else call)([*map(aligned, inputs), *bound])
+
+        return run
+
+
+def _lower_source(segment: Segment, request: LowerRequest) -> Built:
+    """The archive for CUDA. details["one_row"]: of a segment with fp8 layers, whether there is the variant, or why not."""
+    inline = gemm_ops.inline_around(ops.inline, batch_invariant=request.batch_invariant)
+    exported = export_segment(segment, request.device, request.max_tokens, inline)
+    variants: dict[str, torch.export.ExportedProgram] = {}
+    details: dict[str, bool | str] = {}
+    if "camshaft.scaled_linear.default" in segment.operators:
+        reason = "batch_invariant" if request.batch_invariant else one_row.obstacle(segment)
+        details[_ONE_ROW] = reason or True
+        if reason is None:
+            alone = one_row.inline_one_row(inline)
+            variants[_ONE_ROW] = export_segment(segment, request.device, request.max_tokens, alone, {one_row.TOKENS: 1})
+    return Built(compile_archive(exported, _options(request), variants), details)
+
+
+def _open_source(segment: Segment, engine: Path, device: torch.device) -> Lowered:
+    has_one_row = _ONE_ROW in variants_of(engine)
+    opened = _SourceSegment(
+        open_archive(engine, device),
+        open_archive(engine, device, _ONE_ROW) if has_one_row else None,
+        one_row.token_axis(segment) if has_one_row else None,
+    )
+    _prepare_kernels(segment, device, one_row=has_one_row)
+    return opened
 
 
 class InductorTarget:
@@ -92,7 +133,8 @@ class InductorTarget:
     fixed_sizes = False
 
     def fewest_tokens(self, device: torch.device) -> int:
-        return 1 if device.type == "cuda" else 2  # exported for 2 and more; the package of the CPU checks, the CUDA source not
+        # exported for 2 and more: the package of the CPU checks that, the CUDA source does not
+        return 1 if device.type == "cuda" else 2
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type == "cuda":
@@ -122,9 +164,7 @@ class InductorTarget:
         buffer = io.BytesIO()
         try:
             if request.device.type == "cuda":
-                inline = gemm_ops.inline_around(ops.inline, batch_invariant=request.batch_invariant)
-                exported = export_segment(segment, request.device, request.max_tokens, inline)
-                return Built(compile_archive(exported, _options(request)))
+                return _lower_source(segment, request)
             exported = export_segment(segment, request.device, request.max_tokens, ops.inline)
             aoti_compile_and_package(exported, package_path=buffer)
         except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
@@ -139,9 +179,7 @@ class InductorTarget:
         assert engine is not None
         try:
             if device.type == "cuda":
-                opened = _SourceSegment(open_archive(engine, device))
-                _prepare_kernels(segment, device)
-                return opened
+                return _open_source(segment, engine, device)
             # single-threaded: otherwise a call waits on the host until the previous one has left the device
             return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
         except (RuntimeError, OSError, ValueError) as error:

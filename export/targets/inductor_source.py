@@ -4,6 +4,7 @@ segment.zip
   segment.py               the wrapper that Inductor wrote: it allocates, launches kernels, calls cuBLAS
   constants.safetensors    tensors that the graph itself holds, if any
   triton/HASH/NAME         Triton's cache entries of its kernels (cubin, JSON, ...), so that opening compiles nothing
+  VARIANT/segment.py       of another form of the segment, with its own constants; the kernels of all lie together
 
 Opened, the Triton entries are put into the machine's own Triton cache, where the kernels of `segment.py` are found; an entry that
 does not fit there (another Triton, another GPU) is not found, and its kernel is compiled from the source that `segment.py` holds.
@@ -38,17 +39,25 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 """Takes a list of all inputs, which it empties, and returns the outputs."""
 
 
-def compile_archive(exported: torch.export.ExportedProgram, options: Mapping[str, Any] | None = None) -> bytes:
-    """Compiles an exported segment, in this process, and returns the archive. options: Inductor's. Raises Inductor's errors."""
+def compile_archive(
+    exported: torch.export.ExportedProgram,
+    options: Mapping[str, Any] | None = None,
+    variants: Mapping[str, torch.export.ExportedProgram] | None = None,
+) -> bytes:
+    """Compiles an exported segment, in this process, and returns the archive. Raises Inductor's errors.
+
+    options: Inductor's. variants: other forms of the segment by name, with equal inputs.
+    """
     from torch._inductor.utils import fresh_cache
 
     with tempfile.TemporaryDirectory(prefix="camshaft-inductor-") as directory, fresh_cache(dir=directory):
-        source, constants = _compile(exported, options or {})
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr(_SOURCE, source)
-            if constants:
-                archive.writestr(_CONSTANTS, save_tensors(constants))
+            for name, form in {"": exported, **(variants or {})}.items():
+                source, constants = _compile(form, options or {})
+                archive.writestr(_member(name, _SOURCE), source)
+                if constants:
+                    archive.writestr(_member(name, _CONSTANTS), save_tensors(constants))
             cache = Path(os.environ["TRITON_CACHE_DIR"])
             for file in sorted(path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"):
                 content = file.read_bytes()
@@ -56,6 +65,10 @@ def compile_archive(exported: torch.export.ExportedProgram, options: Mapping[str
                     content = content.replace(str(cache).encode(), _DIRECTORY)
                 archive.writestr(f"{_TRITON}/{file.relative_to(cache).as_posix()}", content)
     return buffer.getvalue()
+
+
+def _member(variant: str, name: str) -> str:
+    return f"{variant}/{name}" if variant else name
 
 
 def _compile(exported: torch.export.ExportedProgram, options: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
@@ -99,7 +112,18 @@ def _settings(options: Mapping[str, Any] | None = None) -> Iterator[None]:
         yield
 
 
-def open_archive(file: Path, device: torch.device) -> Compiled:
+def variants_of(file: Path) -> frozenset[str]:
+    """The names of an archive's variants. Raises OSError or ValueError for one that is damaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return frozenset(
+                name.removesuffix(f"/{_SOURCE}") for name in archive.namelist() if name.endswith(f"/{_SOURCE}")
+            )
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"not a whole archive of a compiled segment ({error})") from error
+
+
+def open_archive(file: Path, device: torch.device, variant: str = "") -> Compiled:
     """Opens an archive and returns its function. Raises OSError, ValueError or RuntimeError for one that is damaged."""
     from torch._inductor.codecache import PyCodeCache
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
@@ -107,8 +131,9 @@ def open_archive(file: Path, device: torch.device) -> Compiled:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-            source = archive.read(_SOURCE).decode()
-            constants = load_tensors(archive.read(_CONSTANTS)) if _CONSTANTS in names else {}
+            source = archive.read(_member(variant, _SOURCE)).decode()
+            stored = _member(variant, _CONSTANTS)
+            constants = load_tensors(archive.read(stored)) if stored in names else {}
             _restore_kernels(archive, names, Path(triton_cache_dir(device.index or 0)))
     except (zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"not a whole archive of a compiled segment ({error})") from error

@@ -22,6 +22,7 @@ from camshaft.export.kernels.gemm import Config  # noqa: E402
 from camshaft.export.kernels.gemm_skinny import RowsConfig, TileConfig  # noqa: E402
 from camshaft.export.kernels.gemm_tiled import TiledConfig  # noqa: E402
 from camshaft.graph import ops as _semantic_ops  # noqa: E402, F401  registers the operators
+from camshaft.graph.quant_ops import quantize_rows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 ops = torch.ops.camshaft
@@ -42,8 +43,8 @@ def operands(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> di
     bias = torch.randn(n, generator=rng, device=DEVICE).to(HALF)
     if dtype != FP8:
         return {"x": x.to(dtype), "weight": weight.to(dtype), "x_scale": None, "weight_scale": None, "bias": bias}
-    x8, x_scale = ops.quantize_rows(x)
-    weight8, weight_scale = ops.quantize_rows(weight)
+    x8, x_scale = quantize_rows(x)
+    weight8, weight_scale = quantize_rows(weight)
     return {"x": x8, "weight": weight8, "x_scale": x_scale, "weight_scale": weight_scale[:, 0].clone(), "bias": bias}
 
 
@@ -181,7 +182,7 @@ def test_add_rms_norm_quantize(rows: int, cast_first: bool, gain: bool) -> None:
     normed, total = ops.add_rms_norm(x, residual, weight, 1e-5, 0.0, cast_first)
     out, scale, added = row_quantize.add_rms_norm_quantize(x, residual, weight, 1e-5, 0.0, cast_first, CAST)
     assert torch.equal(added, total) and scale.shape == (1, rows, 1)
-    _same_quantized((out.to(FP8), scale), ops.quantize_rows(normed))
+    _same_quantized((out.to(FP8), scale), quantize_rows(normed))
 
 
 @pytest.mark.parametrize("activation", row_quantize.ACTIVATIONS)
@@ -189,7 +190,7 @@ def test_glu_quantize(activation: str) -> None:
     torch.manual_seed(0)
     y = torch.randn(1, 3, 600).to(DEVICE, HALF)
     out, scale = row_quantize.glu_quantize(y, activation, CAST)
-    _same_quantized((out.to(FP8), scale), ops.quantize_rows(ops.glu(y, activation)))
+    _same_quantized((out.to(FP8), scale), quantize_rows(ops.glu(y, activation)))
 
 
 def test_rows_of_zeros_are_quantized() -> None:
@@ -208,7 +209,7 @@ def test_captured_in_a_cuda_graph(dtype: torch.dtype, overlap: bool) -> None:
     def chain(x: Tensor, x_scale: Tensor | None) -> Tensor:
         for given in (first, second, first, second):
             y = gemm.run(config, x, given["weight"], x_scale, given["weight_scale"], None, HALF)  # type: ignore[arg-type]
-            x, x_scale = ops.quantize_rows(y) if dtype == FP8 else (y, None)
+            x, x_scale = quantize_rows(y) if dtype == FP8 else (y, None)
         return x.float()
 
     static = {name: value.clone() for name, value in first.items() if value is not None}
