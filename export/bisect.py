@@ -26,6 +26,7 @@ from .buckets import varying_size
 from .engine import Engine
 from .executor import StepContext
 from .kernels import dispatch, reference
+from .kernels.rope import Rope
 from .partition import partition
 from .segment import AttentionStep, Plan, Segment, SegmentStep
 from .targets.base import Bound, Lowered, LoweringError, LowerRequest, Target, get_target
@@ -206,7 +207,7 @@ class _Walk:
         expected = self._attend(reference.paged_attention, step, self.expected, context)
         same_inputs = self._attend(dispatch.paged_attention, step, self.expected, context)
         self.expected[step.output] = expected
-        if all(name in self.actual for name in (step.q, step.k, step.v)):
+        if all(name in self.actual for name in step.inputs):
             self.actual[step.output] = self._attend(dispatch.paged_attention, step, self.actual, context)
         error = relative_error(expected, same_inputs)
         self._add(index, "attention", f"attention layer {step.layer}", "attention kernel", error, None)
@@ -242,6 +243,7 @@ class _Walk:
             alibi_slopes=slopes,
             max_query_len=context.max_query_len,
             max_seq_len=context.max_seq_len,
+            rope=Rope(slots[step.cos][0], slots[step.sin][0], step.interleaved) if step.cos and step.sin else None,
         )
         return result[None]
 

@@ -129,7 +129,10 @@ def _run_passes(program: Program, config: BuildConfig, request: BuildRequest) ->
 def passes_of(config: BuildConfig) -> list[GraphPass]:
     """The passes of a build."""
     return decoder_passes(
-        block_size=config.block_size, quantize=config.quantize, cache_dtype=CACHE_DTYPES[config.kv_cache_dtype]
+        block_size=config.block_size,
+        quantize=config.quantize,
+        cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
+        fuse_rope=config.device == "cuda",
     )
 
 

@@ -110,8 +110,8 @@ def plan_boxes(plan: Plan) -> list[Box]:
     for step in plan.steps:
         if isinstance(step, AttentionStep):
             window = f"window {step.window}" if step.window else "full"
-            detail = f"{window}, cache group {step.group}"
-            inputs = reads((step.q, step.k, step.v))
+            detail = f"{'rope, ' if step.cos else ''}{window}, cache group {step.group}"
+            inputs = reads(step.inputs)
             box = Box("attention", detail, "attention", inputs, f"layer {step.layer}")
         else:
             segment = plan.segments[step.segment]

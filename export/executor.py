@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels.dispatch import paged_attention
+from .kernels.rope import Rope
 from .kernels.state import AttentionState
 from .segment import AttentionStep, Plan, SegmentStep
 from .targets.base import Bound, Lowered
@@ -82,6 +83,7 @@ class Executor:
         slopes = weights[step.alibi_slopes].float() if step.alibi_slopes else None
         layer, group = step.layer, step.group
         scale, window, softcap = step.scale, step.window, step.softcap
+        angles = (self._slot(step.cos), self._slot(step.sin)) if step.cos and step.sin else None
 
         def run(slots: list[Tensor | None], context: StepContext | None) -> None:
             assert context is not None
@@ -89,6 +91,11 @@ class Executor:
             slot_mapping, block_tables = context.groups[group]
             q, k, v = slots[q_slot], slots[k_slot], slots[v_slot]
             assert q is not None and k is not None and v is not None
+            rope = None
+            if angles is not None:
+                cos, sin = (slots[slot] for slot in angles)
+                assert cos is not None and sin is not None
+                rope = Rope(cos[0], sin[0], step.interleaved)
             result = paged_attention(
                 q[0],
                 k[0],
@@ -106,6 +113,7 @@ class Executor:
                 alibi_slopes=slopes,
                 max_query_len=context.max_query_len,
                 max_seq_len=context.max_seq_len,
+                rope=rope,
                 batch_invariant=self._batch_invariant,
                 state=self._attention_state,
             )
@@ -129,7 +137,6 @@ class Executor:
 def _last_uses(plan: Plan) -> dict[str, int]:
     last: dict[str, int] = {}
     for index, step in enumerate(plan.steps):
-        names = step.inputs if isinstance(step, SegmentStep) else (step.q, step.k, step.v)
-        for name in names:
+        for name in step.inputs:
             last[name] = index
     return {name: index for name, index in last.items() if name not in plan.outputs}

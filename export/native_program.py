@@ -215,6 +215,8 @@ def _attention(
     caches: Sequence[tuple[Tensor, Tensor]],
 ) -> Tensor:
     k_cache, v_cache = caches[step.layer]
+    if step.cos is not None:
+        raise Unsupported("rope inside attention")
     if k_cache.dtype != torch.float32 or v_cache.dtype != torch.float32:
         raise Unsupported(f"a KV cache in {k_cache.dtype}")
     q, k, v = (translator.unit_rows(slots[name]) for name in (step.q, step.k, step.v))

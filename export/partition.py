@@ -21,7 +21,7 @@ from ..graph.program import Program
 from ..graph.serialize import graph_hash, graph_to_json
 from .segment import AttentionStep, Plan, Segment, SegmentStep, Step
 
-_PAGED = torch.ops.camshaft.paged_attention.default
+_PAGED = (torch.ops.camshaft.paged_attention.default, torch.ops.camshaft.paged_rope_attention.default)
 _SYM_SIZE = torch.ops.aten.sym_size.int
 
 
@@ -90,7 +90,7 @@ def _pieces(program: Program, supports: Callable[[fx.Node], bool], split_rows: b
     for node in program.graph.nodes:
         if node.op != "call_function" or _is_size(node):
             continue
-        if node.target == _PAGED:
+        if node.target in _PAGED:
             pieces.append(_Piece("attention", [node]))
             continue
         if node.target is operator.getitem:
@@ -120,7 +120,8 @@ def _symbol_names(program: Program) -> dict[str, str]:
 
 
 def _attention_step(program: Program, node: fx.Node) -> AttentionStep:
-    q, k, v, k_cache, _, slots, _, _, _, sinks, slopes, scale, window, softcap = node.args
+    q, k, v, k_cache, _, slots, _, _, _, sinks, slopes, scale, window, softcap, *rope = node.args
+    cos, sin, interleaved = rope or (None, None, False)
     specs = {spec.name: spec for spec in program.inputs}
 
     def weight(operand: Any) -> str | None:
@@ -144,6 +145,9 @@ def _attention_step(program: Program, node: fx.Node) -> AttentionStep:
         scale=float(scale),
         window=int(window),
         softcap=float(softcap),
+        cos=cos.name if cos is not None else None,
+        sin=sin.name if sin is not None else None,
+        interleaved=bool(interleaved),
     )
 
 

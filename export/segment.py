@@ -59,7 +59,10 @@ class SegmentStep:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionStep:
-    """Runs paged attention of one layer on slots q, k, v [1, T, heads, D]; sinks and alibi_slopes are weight names."""
+    """Runs paged attention of one layer on slots q, k, v [1, T, heads, D]; sinks and alibi_slopes are weight names.
+
+    cos, sin: slots [1, T, R] of the angles that it turns q and k by (`camshaft::rope`), None where they are turned already.
+    """
 
     layer: int
     group: int
@@ -72,6 +75,14 @@ class AttentionStep:
     scale: float
     window: int
     softcap: float
+    cos: str | None = None
+    sin: str | None = None
+    interleaved: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The slots that it reads."""
+        return tuple(name for name in (self.q, self.k, self.v, self.cos, self.sin) if name is not None)
 
 
 Step = SegmentStep | AttentionStep

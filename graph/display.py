@@ -15,7 +15,12 @@ from .dump import target_text, type_text
 from .program import PassRecord, Program
 
 KINDS = {
-    "attention": ("camshaft.attention", "camshaft.paged_attention", "aten.scaled_dot_product_attention"),
+    "attention": (
+        "camshaft.attention",
+        "camshaft.paged_attention",
+        "camshaft.paged_rope_attention",
+        "aten.scaled_dot_product_attention",
+    ),
     "linear": ("aten.linear", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.conv1d"),
     "experts": ("camshaft.moe",),
     "norm": (

@@ -131,7 +131,7 @@ define("mask(Tensor like, str kind, int size) -> Tensor", _mask, _mask_fake)
 
 def _paged_attention_missing(*args: Any, **kwargs: Any) -> Tensor:
     raise RuntimeError(
-        "camshaft::paged_attention is run by an engine with a bound KV cache, not as a plain operator; "
+        "paged attention is run by an engine with a bound KV cache, not as a plain operator; "
         "compile the program and call Engine.step"
     )
 
@@ -162,6 +162,20 @@ define(
     "float scale, int window, float softcap) -> Tensor",
     _paged_attention_missing,
     _paged_attention_fake,
+)
+
+
+def _paged_rope_attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+# paged_attention(rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved), v, ...); cos, sin [1, T, R].
+define(
+    "paged_rope_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor slot_mapping, "
+    "Tensor block_tables, Tensor query_start, Tensor seq_lens, Tensor? sinks, Tensor? alibi_slopes, "
+    "float scale, int window, float softcap, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
+    _paged_attention_missing,
+    _paged_rope_attention_fake,
 )
 
 

@@ -24,6 +24,8 @@ from ..graph.program import Program
 from ..graph.quant_ops import saturate
 from ..graph.verify import VerificationError, verify
 from .base import GraphPass
+from .fuse_rope_cache import PAGED_ROPE_ATTENTION
+from .match_rope import ROPE
 from .page_attention import PAGED_ATTENTION
 
 logger = logging.getLogger(__name__)
@@ -108,6 +110,10 @@ class _RowInterpreter(fx.Interpreter):
     """Runs a graph, with paged attention over the row's own keys and values."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is PAGED_ROPE_ATTENTION:
+            q, k, *rest, cos, sin, interleaved = args
+            q, k = (ROPE(tensor, cos, sin, interleaved) for tensor in (q, k))
+            return self.call_function(PAGED_ATTENTION, (q, k, *rest), kwargs)
         if target is not PAGED_ATTENTION:
             return super().call_function(target, args, kwargs)
         q, k, v, k_cache, v_cache, *_, sinks, slopes, scale, window, softcap = args

@@ -81,8 +81,8 @@ def _turn_of(node: Any, x: Any) -> str | None:
         first, second = node.args[0]
         if (
             is_call(first, aten.neg.default)
-            and _is_slice(first.args[0], x, size // 2, size)
-            and _is_slice(second, x, 0, size // 2)
+            and is_slice(first.args[0], x, size // 2, size)
+            and is_slice(second, x, 0, size // 2)
         ):
             return "halves"
         return None
@@ -107,7 +107,8 @@ def _slice_args(node: fx.Node) -> tuple[Any, int, Any, Any, int]:
     return args[0], (args[1] or 0) % rank, args[2] or 0, args[3], args[4] or 1
 
 
-def _is_slice(node: Any, x: fx.Node, begin: int, end: int) -> bool:
+def is_slice(node: Any, x: fx.Node, begin: int, end: int) -> bool:
+    """Whether `node` is x[..., begin:end]."""
     if not is_call(node, aten.slice.Tensor):
         return False
     source, axis, start, stop, step = _slice_args(node)
@@ -157,7 +158,7 @@ def _halves_of(x1: Any, x2: Any) -> fx.Node | None:
     if is_call(x1, aten.slice.Tensor) and is_call(x2, aten.slice.Tensor):
         x = x1.args[0]
         size = value(x).shape[-1]
-        return x if _is_slice(x1, x, 0, size // 2) and _is_slice(x2, x, size // 2, size) else None
+        return x if is_slice(x1, x, 0, size // 2) and is_slice(x2, x, size // 2, size) else None
     import operator
 
     if is_call(x1, operator.getitem) and is_call(x2, operator.getitem) and x1.args[0] is x2.args[0]:

@@ -10,6 +10,7 @@ from .fuse_glu import FuseGlu
 from .fuse_glu_quantize import FuseGluQuantize
 from .fuse_norm_quantize import FuseNormQuantize
 from .fuse_projections import FuseProjections
+from .fuse_rope_cache import FuseRopeCache
 from .match_attention import MatchAttention
 from .match_linear import MatchLinear
 from .match_rms_norm import MatchRmsNorm
@@ -40,11 +41,16 @@ def quantize_passes(format: str | None) -> list[GraphPass]:
 
 
 def decoder_passes(
-    *, block_size: int, quantize: str | None = None, cache_dtype: torch.dtype | None = None
+    *,
+    block_size: int,
+    quantize: str | None = None,
+    cache_dtype: torch.dtype | None = None,
+    fuse_rope: bool = False,
 ) -> list[GraphPass]:
     """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out.
 
     quantize: format of linear layers, None: as they are. cache_dtype: of keys and values, None: the one they are computed in.
+    fuse_rope: attention turns queries and keys itself (CUDA, whose attention kernels can).
     """
     return [
         *canonicalize_passes(),
@@ -53,6 +59,7 @@ def decoder_passes(
         PageAttention(block_size=block_size, cache_dtype=cache_dtype),
         SelectRows(),
         Normalize(),
+        *([FuseRopeCache()] if fuse_rope else []),
     ]
 
 

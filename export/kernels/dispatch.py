@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .rope import Rope
 from .state import AttentionState
 
 _log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     max_query_len: int,
     max_seq_len: int,
+    rope: Rope | None = None,
     batch_invariant: bool = False,
     state: AttentionState | None = None,
 ) -> Tensor:
@@ -48,6 +50,7 @@ def paged_attention(
     reference is used and one warning names the cause.
 
     Args:
+        rope: turns q and k first; keys are cached as they are turned.
         batch_invariant: on CUDA, a row's result does not depend, to the last bit, on what else is in the step.
         state: what the calls of one stream share on CUDA.
 
@@ -61,10 +64,13 @@ def paged_attention(
         return triton.paged_attention(
             q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, scale=scale, window=window,
             softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, max_query_len=max_query_len,
-            max_seq_len=max_seq_len, batch_invariant=batch_invariant, state=state,
+            max_seq_len=max_seq_len, rope=rope, batch_invariant=batch_invariant, state=state,
         )  # fmt: skip
     if batch_invariant:
         raise ValueError(f"batch-invariant attention runs on CUDA; q is on {q.device}: build without batch_invariant")
+    if rope is not None:
+        rope.check(q)
+        q, k = rope.turn(q), rope.turn(k)
     kernel: Callable[..., Tensor] = reference.paged_attention
     if cpu.supports(q, k_cache):
         available = cpu.is_available()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...graph.quant_ops import saturate
 from .checks import check_arguments
+from .rope import Rope
 
 
 def write_cache(k_TKD: Tensor, v_TKD: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -53,6 +54,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     max_query_len: int,
     max_seq_len: int,
+    rope: Rope | None = None,
 ) -> Tensor:
     """Write k and v into the cache, then attend over it, causally, one sequence after the other.
 
@@ -68,6 +70,7 @@ def paged_attention(
         alibi_slopes: [H] float32; slope * (j - i) is added to the scaled score, after softcap, or None (Press et al.
             2021, section 3).
         max_query_len, max_seq_len: upper bounds, for kernels that launch from host numbers; not used here.
+        rope: turns q and k first; keys are cached as they are turned.
 
     Returns:
         [T, H, Dv] in q's dtype. Rows from query_start[-1] on are padding and zero. Scores and softmax are float32
@@ -80,6 +83,9 @@ def paged_attention(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
         softcap,
     )  # fmt: skip
+    if rope is not None:
+        rope.check(q)
+        q, k = rope.turn(q), rope.turn(k)
     write_cache(k, v, k_cache, v_cache, slot_mapping)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     starts, lens = query_start.tolist(), seq_lens.tolist()

@@ -1,7 +1,8 @@
 """Paged attention on CUDA with Triton. Import it only where Triton is installed; TRITON_INTERPRET=1 runs it on CPU tensors.
 
 attention     what to launch for a step, from host integers alone
-write         keys and values into the cache; the tiles of a step
+write         rope, keys and values into the cache; the tiles of a step
+rotate        rope of vectors as they are loaded
 decode        sequences with one query row: split keys
 prefill       sequences with several query rows: tiles of rows
 softmax       the inner loop that both share

@@ -1,8 +1,8 @@
 """What to launch for a step. All launches follow from host integers (T, S, max_query_len, max_seq_len and the shapes),
 nothing is read back and no allocation depends on data: a step can be captured in a CUDA graph and replayed with others.
 
-    max_query_len == 1    decode                     writes k, v too; one launch
-    else                  write                      k, v -> cache at the slot; out = 0 in padding rows
+    max_query_len == 1    decode                     turns q, k (rope) and writes k, v too; one launch
+    else                  write                      turns q, k; k, v -> cache at the slot; out = 0 in padding rows
                           decode                     programs of sequences with another number of rows return at once
                           tiles (once a step)        which rows of which sequences make a tile
                           prefill                    sequences with two rows or more
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_arguments
+from ..rope import Rope
 from ..state import AttentionState
 from .configs import DecodeConfig, PrefillConfig, decode_config, num_splits, prefill_config
 from .decode import decode_kernel, join_kernel
@@ -63,6 +64,7 @@ class _Call:
     scale: float
     softcap: float
     window: int
+    rope: Rope | None
 
     @property
     def num_seqs(self) -> int:
@@ -90,6 +92,24 @@ class _Call:
     def q_scale(self) -> float:
         """What queries are multiplied by before they are rounded to `compute`."""
         return _FP8_Q_SCALE if self.k_cache.dtype == _FP8 and self.q.dtype == torch.bfloat16 else 1.0
+
+    @property
+    def angles(self) -> tuple[Tensor | None, Tensor | None]:
+        """cos and sin [T, R], where queries and keys are still to be turned."""
+        return (self.rope.cos, self.rope.sin) if self.rope is not None else (None, None)
+
+    @property
+    def angle_strides(self) -> tuple[int, int]:
+        """From one row of cos and of sin to the next."""
+        return (self.rope.cos.stride(0), self.rope.sin.stride(0)) if self.rope is not None else (0, 0)
+
+    def rotation(self) -> dict[str, Any]:
+        """Compile-time arguments of the kernels that turn."""
+        rope = self.rope
+        return {
+            "ROTATED": rope.cos.shape[1] if rope is not None else 0,
+            "INTERLEAVED": rope is not None and rope.interleaved,
+        }
 
     def options(self) -> dict[str, Any]:
         """Compile-time arguments of both attention kernels."""
@@ -123,6 +143,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     max_query_len: int,
     max_seq_len: int,
+    rope: Rope | None = None,
     batch_invariant: bool = False,
     state: AttentionState | None = None,
     decode: DecodeConfig | None = None,
@@ -137,6 +158,7 @@ def paged_attention(
     Args:
         batch_invariant: a row's result does not depend, to the last bit, on the other rows of the step, nor on how its
             sequence was cut into steps; slower where sequences have one row.
+        rope: turns q and k first; keys are cached as they are turned.
         state: what calls share; made for this call if None.
         decode, prefill: tile sizes instead of those of `configs`, to measure them.
 
@@ -147,6 +169,8 @@ def paged_attention(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
         softcap,
     )  # fmt: skip
+    if rope is not None:
+        rope.check(q)
     if max(q.shape[2], v.shape[2]) > _MAX_HEAD_DIM or q.dtype not in _DTYPES or scale <= 0:
         raise ValueError(
             f"paged_attention (Triton): head sizes {q.shape[2]} and {v.shape[2]}, dtype {q.dtype}, scale {scale}; allowed "
@@ -155,19 +179,19 @@ def paged_attention(
     out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
     call = _Call(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, out, sinks, alibi_slopes, scale,
-        softcap, window,
+        softcap, window, rope,
     )  # fmt: skip
     if q.shape[0] == 0:
         return out
     state = state or AttentionState()
     widest = max(call.padded_dims)
-    decode = decode or decode_config(widest, *call.element_bytes)
+    decode = decode or decode_config(widest, *call.element_bytes, call.num_seqs * k.shape[1])
     prefill = prefill or prefill_config(widest, *call.element_bytes)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         if max_query_len == 1 and not batch_invariant and call.num_seqs:
             _decode(call, decode, max_seq_len, state, write=True)
             return out
-        _write(call)
+        call = _write(call)
         if max_query_len and call.num_seqs:
             if not batch_invariant:
                 _decode(call, decode, max_seq_len, state, write=False)
@@ -175,17 +199,24 @@ def paged_attention(
     return out
 
 
-def _write(call: _Call) -> None:
-    """k and v into the cache; zeros into padding rows of `out`."""
-    k, v, k_cache, v_cache = call.k, call.v, call.k_cache, call.v_cache
+def _write(call: _Call) -> _Call:
+    """k and v into the cache; zeros into padding rows of `out`. Returns the call with its queries turned."""
+    q, k, v, k_cache, v_cache = call.q, call.k, call.v, call.k_cache, call.v_cache
     num_tokens, num_kv_heads, head_dim = k.shape
-    widest = _power_of_two(num_kv_heads * max(head_dim, v.shape[2]))
+    q_turned = torch.empty_like(q, memory_format=torch.contiguous_format) if call.rope is not None else None
     write_kernel[(num_tokens,)](
-        k, v, k_cache, v_cache, call.out, call.slot_mapping, call.query_start, call.num_seqs,
-        *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        BLOCK_SIZE=k_cache.shape[1], H=call.q.shape[1], KV=num_kv_heads, D=head_dim, DV=v.shape[2],
-        BLOCK=min(_WRITE_BLOCK, max(16, widest)),
+        q, k, v, *call.angles, q_turned, k_cache, v_cache, call.out, call.slot_mapping, call.query_start, call.num_seqs,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *call.angle_strides, *k_cache.stride()[:3],
+        *v_cache.stride()[:3], BLOCK_SIZE=k_cache.shape[1], H=q.shape[1], KV=num_kv_heads, D=head_dim, DV=v.shape[2],
+        BLOCK=_write_block(num_kv_heads * max(head_dim, v.shape[2])), BLOCK_Q=_write_block(q.shape[1] * head_dim),
+        **call.rotation(),
     )  # fmt: skip
+    return call if q_turned is None else replace(call, q=q_turned, rope=None)
+
+
+def _write_block(size: int) -> int:
+    """Elements that a program of `write_kernel` handles at once, out of `size` a row."""
+    return min(_WRITE_BLOCK, max(16, _power_of_two(size)))
 
 
 def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: AttentionState, *, write: bool) -> None:
@@ -212,11 +243,11 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         config.num_warps if block_m == 16 else max(config.num_warps, min(8, block_m // 8))
     )  # room for more heads
     decode_kernel[(kv * splits * positions,)](
-        call.q, call.k, call.v, call.k_cache, call.v_cache, call.out, part_acc, part_top, part_total, arrived,
+        call.q, call.k, call.v, *call.angles, call.k_cache, call.v_cache, call.out, part_acc, part_top, part_total, arrived,
         call.slot_mapping, call.block_tables, call.query_start, call.seq_lens, call.sinks, call.alibi_slopes,
         num_seqs, call.q.shape[0], *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
-        *call.k_cache.stride()[:3], *call.v_cache.stride()[:3], call.block_tables.stride(0),
-        call.scale / call.q_scale(), call.softcap, **call.options(), BLOCK_M=block_m,
+        *call.angle_strides, *call.k_cache.stride()[:3], *call.v_cache.stride()[:3], call.block_tables.stride(0),
+        call.scale / call.q_scale(), call.softcap, **call.options(), **call.rotation(), BLOCK_M=block_m,
         BLOCK_N=config.block_n, WRITE=write, JOIN=last, NUM_STAGES=config.num_stages, num_warps=num_warps,
         **split_options, **registers,
     )  # fmt: skip

@@ -60,7 +60,7 @@ _DECODE_FP8_CONFIGS: dict[int, DecodeConfig] = {  # 8-bit cache
     512: DecodeConfig(block_n=32, num_warps=8, num_stages=2),
 }
 _FEW_PAIRS = 512
-_DECODE_FP8_FEW: dict[int, DecodeConfig] = {  # 8-bit cache, fewer sequences times kv heads than _FEW_PAIRS: latency counts
+_DECODE_FP8_FEW: dict[int, DecodeConfig] = {  # 8-bit cache, sequences times kv heads below _FEW_PAIRS: latency counts
     128: DecodeConfig(block_n=64, num_warps=2, num_stages=5),
 }
 _PREFILL_CONFIGS: dict[int, PrefillConfig] = {  # 16-bit cache

@@ -13,15 +13,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from .rotate import load_turned
 from .softmax import LOG2E, attend_keys, exponent_scale, saturate, shape_scores
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "table_row"])
 def decode_kernel(
-    q, k, v, k_cache, v_cache, out, part_acc, part_top, part_total, arrived, slot_mapping, block_tables, query_start,
-    seq_lens, sinks, alibi_slopes, num_seqs, num_tokens,
-    q_token, q_head, k_token, k_head, v_token, v_head, kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head,
-    table_row, scale, softcap, Q_SCALE: tl.constexpr, COMPUTE: tl.constexpr,
+    q, k, v, cos, sin, k_cache, v_cache, out, part_acc, part_top, part_total, arrived,
+    slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, num_seqs, num_tokens,
+    q_token, q_head, k_token, k_head, v_token, v_head, cos_token, sin_token,
+    kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head, table_row, scale, softcap,
+    Q_SCALE: tl.constexpr, COMPUTE: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, ALIBI: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
@@ -29,6 +31,7 @@ def decode_kernel(
     NUM_STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # WRITE: all sequences have one row at most; the new keys and values are stored here, and padding rows zeroed.
+    # ROTATED: q and k are turned as they are loaded, by the angles cos, sin [T, ROTATED] of their row.
     # JOIN: the program of a (sequence, kv head) that ends last adds the splits up; `arrived` [S, KV] is 0 before and after.
     if PDL:
         gdc_wait()
@@ -60,9 +63,9 @@ def decode_kernel(
     if start >= length:
         return
     stop = tl.minimum(start + span, length)
-    queries = tl.load(
-        q + row * q_token + head[:, None] * q_head + offs_d[None, :],
-        mask=keep[:, None] & (offs_d[None, :] < D), other=0.0,
+    queries = load_turned(
+        q + row * q_token + head[:, None] * q_head, offs_d[None, :], keep[:, None] & (offs_d[None, :] < D), cos, sin,
+        row, cos_token, sin_token, ROTATED, INTERLEAVED,
     )  # fmt: skip
     if Q_SCALE != 1.0:
         queries = queries.to(tl.float32) * Q_SCALE
@@ -81,7 +84,10 @@ def decode_kernel(
         fresh = (slot >= 0) & (stop == length)
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         is_key, is_value = (offs_d < D) & fresh, (offs_dv < DV) & fresh
-        key = saturate(tl.load(k + row * k_token + kv * k_head + offs_d, mask=is_key, other=0.0), k_cache)
+        key = load_turned(
+            k + row * k_token + kv * k_head, offs_d, is_key, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED
+        )
+        key = saturate(key, k_cache)
         value = saturate(tl.load(v + row * v_token + kv * v_head + offs_dv, mask=is_value, other=0.0), v_cache)
         tl.store(k_cache + block * kc_block + offset * kc_offset + kv * kc_head + offs_d, key, mask=is_key)
         tl.store(v_cache + block * vc_block + offset * vc_offset + kv * vc_head + offs_dv, value, mask=is_value)

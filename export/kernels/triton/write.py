@@ -1,20 +1,24 @@
-"""Kernels over rows: keys and values into the cache, and the tiles of the sequences that have several rows."""
+"""Kernels over rows: rope, keys and values into the cache, and the tiles of the sequences that have several rows."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from .rotate import load_turned
 from .softmax import saturate
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def write_kernel(
-    k, v, k_cache, v_cache, out, slot_mapping, query_start, num_seqs,
-    k_token, k_head, v_token, v_head, kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head,
-    BLOCK_SIZE: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, v, cos, sin, q_turned, k_cache, v_cache, out, slot_mapping, query_start, num_seqs,
+    q_token, q_head, k_token, k_head, v_token, v_head, cos_token, sin_token,
+    kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head,
+    BLOCK_SIZE: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     # One row: k [KV, D] and v [KV, DV] to its slot; a padding row's out [H, DV] becomes 0.
+    # ROTATED: k is turned on the way, and q [H, D] to q_turned [T, H, D] (not in padding rows).
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + row)
     if slot >= 0:
@@ -23,7 +27,9 @@ def write_kernel(
             index = start + tl.arange(0, BLOCK)
             keep = index < KV * D
             head, d = index // D, index % D
-            key = tl.load(k + row * k_token + head * k_head + d, mask=keep)
+            key = load_turned(
+                k + row * k_token + head * k_head, d, keep, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED
+            )
             tl.store(
                 k_cache + block * kc_block + offset * kc_offset + head * kc_head + d, saturate(key, k_cache), mask=keep
             )
@@ -41,6 +47,15 @@ def write_kernel(
         for start in range(0, H * DV, BLOCK):
             index = start + tl.arange(0, BLOCK)
             tl.store(out + row * (H * DV) + index, tl.zeros([BLOCK], out.dtype.element_ty), mask=index < H * DV)
+    elif ROTATED > 0:
+        for start in range(0, H * D, BLOCK_Q):
+            index = start + tl.arange(0, BLOCK_Q)
+            keep = index < H * D
+            head, d = index // D, index % D
+            query = load_turned(
+                q + row * q_token + head * q_head, d, keep, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED
+            )
+            tl.store(q_turned + row * (H * D) + index, query, mask=keep)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "bound"])
