@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 import zipfile
@@ -97,11 +98,23 @@ def test_fp8_layers_stay_whole() -> None:
     assert gemm_ops.inline_around(ops.inline, batch_invariant=True)(norm) is ops.inline(norm)
 
 
-def test_quantizations_by_hand_are_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    glu = torch.ops.camshaft.glu_quantize.default
-    assert gemm_ops.inline_around(ops.inline, batch_invariant=False)(glu) is ops.inline(glu)
-    monkeypatch.setattr(gemm_ops, "WHOLE_QUANTIZATIONS", frozenset({"glu_quantize"}))
-    assert gemm_ops.inline_around(ops.inline, batch_invariant=False)(glu) is None
+@pytest.mark.parametrize("name", ["add_rms_norm_quantize", "glu_quantize", "quantize_rows"])
+def test_quantizations_by_hand_are_a_choice(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    target = getattr(torch.ops.camshaft, name).default
+    whole = gemm_ops.inline_around(ops.inline, batch_invariant=False)(target)
+    assert isinstance(whole, functools.partial) and whole.args == (target, ops.inline(target))
+    monkeypatch.setattr(gemm_ops, "WHOLE_QUANTIZATIONS", frozenset())
+    assert gemm_ops.inline_around(ops.inline, batch_invariant=False)(target) is ops.inline(target)
+
+
+@pytest.mark.parametrize(("name", "width"), [("quantize_rows", 32770), ("glu_quantize", 65538)])
+def test_rows_too_wide_for_the_kernels_are_left_to_inductor(name: str, width: int) -> None:
+    target = getattr(torch.ops.camshaft, name).default
+    assert gemm_ops._whole_quantization(target, lambda x: "definition", torch.empty(0, width)) == "definition"
+    rows = gemm_ops._whole_quantization(
+        target, lambda x: "definition", torch.ones(1, width - 2), *("silu",) * ("glu" in name)
+    )
+    assert rows[0].dtype == torch.float8_e4m3fn
 
 
 def test_other_weights_stay_with_aten_or_are_refused() -> None:
