@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import attention_rope
 import torch
 import triton as triton_package
 from attention_steps import BLOCK, CACHES, DEVICE, DIM, HEADS, KV, LAYOUTS, READ_BYTES_PER_S, Step, graph_us
@@ -326,7 +327,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sweep", choices=("decode", "prefill", "all"))
     parser.add_argument("--peers", action="store_true", help="FlashInfer, if it imports")
-    parser.add_argument("--skip", default="", help="of numerics, decode, latency, uneven, prefill, mixed")
+    parser.add_argument(
+        "--skip", default="", help="of numerics, decode, latency, uneven, prefill, mixed, rope numerics, rope"
+    )
     parser.add_argument("--threads", type=int, default=8, help="that compile in a sweep")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -337,6 +340,8 @@ def main() -> int:
         "uneven": uneven_rows,
         "prefill": prefill_rows,
         "mixed": mixed_rows,
+        "rope numerics": attention_rope.numerics,
+        "rope": attention_rope.rows,
     }
     for kind in ("decode", "prefill"):
         if options.sweep in (kind, "all"):
@@ -357,7 +362,8 @@ def main() -> int:
         if name != "numerics" and name in results:
             print(f"\n{name} ({results[f'{name} s']} s)")
             show(results[name])
-    return 0 if all(entry["ok"] for entry in results.get("numerics", [])) else 1
+    checks = [entry for name in ("numerics", "rope numerics") for entry in results.get(name, [])]
+    return 0 if all(entry["ok"] for entry in checks) else 1
 
 
 if __name__ == "__main__":
