@@ -1,10 +1,11 @@
 """Linear layers of Llama-3.1-8B on a GPU: every kernel and configuration against an fp32 product, then against the clock.
 
-    python3 bench/gpu_linear.py --out OUT [--quick] [--dtypes bf16,fp8] [--sections sweep,invariant,quantize,layer]
+    python3 bench/gpu_linear.py --out OUT [--quick] [--dtypes bf16,fp8] [--sections sweep,invariant,quantize,layer,one_row]
 
 sweep      each product alone, in a CUDA graph, its weights in turn from several copies so that the L2 cache does not hold them
 invariant  rows alone and in batches, to the last bit, and whether other tile sizes give the same bits
 quantize   norm + quantize and gate + quantize: what Inductor makes of the definitions, and the kernels written by hand
+one_row    a step of one token with fp8 weights (`linear_one_row.py`)
 layer      a layer's products and what lies between them, compiled by Inductor: cuBLAS, the sweep's best, and those overlapped
 
 Writes OUT/gpu-linear.json as sections end; the table of the best is printed last. A wrong result is an error of its line.
@@ -50,6 +51,7 @@ from linear_cases import (  # noqa: E402
     synchronize,
 )
 from linear_layer import invariant, layers, quantize  # noqa: E402
+from linear_one_row import one_row  # noqa: E402
 
 
 def compile_all(dtype: str, tokens: Sequence[int], quick: bool) -> dict[str, str]:
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="fewer sizes and configurations")
     parser.add_argument("--dtypes", default="bf16,fp8")
-    parser.add_argument("--sections", default="sweep,invariant,quantize,layer")
+    parser.add_argument("--sections", default="sweep,invariant,quantize,layer,one_row")
     parser.add_argument("--tokens", default="", help="numbers of rows, instead of the usual ones")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -179,6 +181,8 @@ def main() -> None:
         work.append(("invariant", lambda: [invariant(dtype) for dtype in dtypes]))
     if "quantize" in sections:
         work.append(("quantize", lambda: quantize(args.quick)))
+    if "one_row" in sections:
+        work.append(("one_row", lambda: one_row(args.quick)))
     if "layer" in sections:
         work.append(("layer", lambda: [layers(dtype, results.get(f"sweep {dtype}"), args.quick) for dtype in dtypes]))
     with torch.inference_mode():
