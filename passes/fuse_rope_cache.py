@@ -108,7 +108,7 @@ def _turned(operand: Any) -> _Turned | None:
     return _Turned(x, direction, rope.args[1:])
 
 
-def _is_part(node: fx.Node, begin: int, end: int, size: int) -> bool:
+def _is_part(node: Any, begin: int, end: int, size: int) -> bool:
     """Whether `node` is x[..., begin:end] of some x [.., size]."""
     return (
         is_call(node, aten.slice.Tensor)
@@ -117,7 +117,7 @@ def _is_part(node: fx.Node, begin: int, end: int, size: int) -> bool:
     )
 
 
-def _untransposed(node: fx.Node, *, only: bool = False) -> tuple[fx.Node | None, bool]:
+def _untransposed(node: Any, *, only: bool = False) -> tuple[Any, bool]:
     """(the node behind transposes of axes 1 and 2, whether their number is odd).
 
     only: every node on the way, and that one, must have a single reader; the node is None where one has not.
