@@ -87,7 +87,7 @@ def _bisect(
     with progress_bar() as report:
         report("opening and tracing the model", 0, 0)
         program: Program = trace_decoder(open_model(model, dtype))
-        passes = decoder_passes(block_size=block_size)
+        passes = decoder_passes(block_size=block_size, fuse_rope=device.type == "cuda")
         done: list[str] = []
 
         def on_check(check: Any) -> None:
