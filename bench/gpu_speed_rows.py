@@ -48,7 +48,7 @@ ROWS = (
     Row(name="fp8-1000-1000", input_len=1000, output_len=1000, requests=1024),
     Row(name="fp8-128-2048", input_len=128, output_len=2048, requests=816),
     Row(name="fp8-load", input_len=512, output_len=128, requests=256, mode="load", repeat=1, optional=True),
-    Row(name="fp8-2048-128", input_len=2048, output_len=128, requests=512, sequences=256, tokens=8192, profile=20),
+    Row(name="fp8-2048-128", input_len=2048, output_len=128, requests=512, tokens=8192, profile=20),
     Row(name="bf16-128-128", input_len=128, output_len=128, requests=4096, profile=20),
     Row(name="bf16-b1", input_len=128, output_len=256, requests=4, mode="latency", profile=20),
 )

@@ -44,7 +44,7 @@ _PATTERNS = tuple(
             "gemm",
             r"gemm|gemv|cutlass|cublas|nvjet|matmul|wgmma|xmma|split_?k|skinny|scaled_(mm|linear)|::(add|b|baddb)?mm\b",
         ),
-        ("gemm", r"::linear|^_?(rows|tile|tiled)_kernel"),
+        ("gemm", r"::linear|weight_only|^_?(one_row|rows|tile|tiled)_kernel"),
         ("copies", rf"memcpy|memset|catarray|_copy_|direct_copy|fillfunctor|::({_ATEN_COPIES})\b"),
         ("norm and pointwise", r"norm|elementwise|vectorized|pointwise|reduce|silu|glu|rope|rotary|quantize"),
         ("norm and pointwise", rf"::({_ATEN_POINTWISE})_?\b"),

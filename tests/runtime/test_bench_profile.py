@@ -21,6 +21,7 @@ from .fake_engine import FakeEngine
         ("void cutlass::device_kernel<enable_3x_kernel_for_sm9x<...", "gemm"),
         ("triton_tem_fused__to_copy_mm_3", "gemm"),
         ("_rows_kernel", "gemm"),
+        ("_one_row_kernel", "gemm"),
         ("_tile_kernel", "gemm"),
         ("_tiled_kernel", "gemm"),
         ("aten::addmm", "gemm"),
