@@ -31,6 +31,7 @@ from .inputs import CheckedInput, InputChecker, Message, split_prompts
 from .kv_cache import CacheGroup
 from .memory import MemoryLedger, plan_cache
 from .outputs import RequestOutput
+from .ownership import EngineClaim
 from .plan import SchedulerConfig, SchedulerStats
 from .policies import PolicyName
 from .sampler import derive_seed
@@ -74,6 +75,8 @@ class LLMStats:
 class LLM:
     """Serves one engine: batches whatever is asked of it, from any thread and from asyncio, in one serving thread.
 
+    An engine has one KV cache, so it serves one LLM at a time: until `shutdown`, or until the LLM is garbage-collected.
+
     Args:
         model: an Engine; the directory of a saved artifact; or what `camshaft.compile` takes (a Hugging Face
             directory or id, an nn.Module), which is compiled first.
@@ -92,7 +95,7 @@ class LLM:
         compile_kwargs: for `camshaft.compile`.
 
     Raises:
-        ValueError: unfit arguments, or memory too small for one block.
+        ValueError: unfit arguments, memory too small for one block, or an engine that serves another LLM.
     """
 
     def __init__(
@@ -112,44 +115,51 @@ class LLM:
         **compile_kwargs: Any,
     ) -> None:
         self.engine = engine = _engine_of(model, compile_kwargs)
-        chunk = min(max_chunk_tokens or engine.max_batch_tokens, engine.max_batch_tokens)
-        engine.prepare()
-        plan = plan_cache(
-            engine, max_chunk_tokens=chunk, kv_cache_bytes=kv_cache_bytes, memory_fraction=memory_fraction,
-            graph_bytes=engine.graph_bytes() if cuda_graphs else 0,
-        )  # fmt: skip
-        self.memory = plan.ledger
-        """Where the device's memory goes."""
-        groups = tuple(
-            CacheGroup(num_blocks=n, block_size=engine.block_size, window=spec.window)
-            for n, spec in zip(plan.num_blocks, engine.cache_groups, strict=True)
-        )
-        config = SchedulerConfig(
-            groups=groups,
-            max_batch_tokens=engine.max_batch_tokens,
-            max_sequences=engine.max_sequences,
-            max_seq_len=engine.max_seq_len,
-            policy=policy,
-            chunked_prefill=chunked_prefill,
-            max_chunk_tokens=max_chunk_tokens,
-            enable_prefix_cache=enable_prefix_cache,
-        )
-        engine.bind_cache(plan.num_blocks)
-        if cuda_graphs:
-            engine.capture()
-        self.tokenizer = _tokenizer_of(engine)
-        """None where the engine came without one: then prompts are token ids and outputs have no text."""
-        self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len)
-        stream = None if trace is None else open(trace, "w", encoding="utf-8")  # noqa: SIM115 - closed by shutdown
-        scheduler = Scheduler(config) if stream is None else TracedScheduler(config, stream)
-        self._core = ServingCore(
-            engine, scheduler, self.tokenizer,
-            asynchronous=engine.device.type == "cuda" if async_scheduling is None else async_scheduling,
-        )  # fmt: skip
-        self._serving = ServingThread(self._core)
-        self._seed = seed
-        self._numbers = itertools.count()
-        self._close = weakref.finalize(self, _close, self._serving, stream)
+        with contextlib.ExitStack() as undo:  # if this fails, others can use the engine
+            self._claim = EngineClaim(engine)
+            undo.callback(self._claim.release)
+            chunk = min(max_chunk_tokens or engine.max_batch_tokens, engine.max_batch_tokens)
+            engine.prepare()
+            plan = plan_cache(
+                engine, max_chunk_tokens=chunk, kv_cache_bytes=kv_cache_bytes, memory_fraction=memory_fraction,
+                graph_bytes=engine.graph_bytes() if cuda_graphs else 0,
+            )  # fmt: skip
+            self.memory = plan.ledger
+            """Where the device's memory goes."""
+            groups = tuple(
+                CacheGroup(num_blocks=n, block_size=engine.block_size, window=spec.window)
+                for n, spec in zip(plan.num_blocks, engine.cache_groups, strict=True)
+            )
+            config = SchedulerConfig(
+                groups=groups,
+                max_batch_tokens=engine.max_batch_tokens,
+                max_sequences=engine.max_sequences,
+                max_seq_len=engine.max_seq_len,
+                policy=policy,
+                chunked_prefill=chunked_prefill,
+                max_chunk_tokens=max_chunk_tokens,
+                enable_prefix_cache=enable_prefix_cache,
+            )
+            undo.callback(engine.release_cache)
+            engine.bind_cache(plan.num_blocks)
+            if cuda_graphs:
+                engine.capture()
+            self.tokenizer = _tokenizer_of(engine)
+            """None where the engine came without one: then prompts are token ids and outputs have no text."""
+            self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len)
+            stream = None if trace is None else open(trace, "w", encoding="utf-8")  # noqa: SIM115 - closed by shutdown
+            if stream is not None:
+                undo.callback(stream.close)
+            scheduler = Scheduler(config) if stream is None else TracedScheduler(config, stream)
+            self._core = ServingCore(
+                engine, scheduler, self.tokenizer,
+                asynchronous=engine.device.type == "cuda" if async_scheduling is None else async_scheduling,
+            )  # fmt: skip
+            self._serving = ServingThread(self._core)
+            self._seed = seed
+            self._numbers = itertools.count()
+            self._close = weakref.finalize(self, _close, self._serving, stream, self._claim)
+            undo.pop_all()
         logger.info("%s", self.memory)
 
     def generate(
@@ -249,8 +259,10 @@ class LLM:
 
     def shutdown(self) -> None:
         """Ends the serving thread and frees the KV cache; requests under way fail. The LLM cannot be used afterwards."""
+        self._serving.close()
+        if self._claim.held:  # otherwise this was shut down before, and the cache may be another LLM's
+            self.engine.release_cache()
         self._close()
-        self.engine.release_cache()
 
     def __enter__(self) -> LLM:
         return self
@@ -334,8 +346,9 @@ def _tokenizer_of(engine: Engine) -> Tokenizer | None:
     return Tokenizer.from_dir(path)
 
 
-def _close(serving: ServingThread, trace: IO[str] | None) -> None:
+def _close(serving: ServingThread, trace: IO[str] | None, claim: EngineClaim) -> None:
     serving.close()
+    claim.release()
     if trace is not None:
         trace.close()
 

@@ -101,14 +101,15 @@ def upload(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
 
 
 class HostCopy:
-    """Copies of device tensors that come to pinned host memory while the host goes on.
+    """Copies of tensors of `device` that come to pinned host memory while the host goes on.
 
-    The tensors may be overwritten by work launched afterwards on the same stream.
+    The tensors may be overwritten by work launched afterwards on the same stream. There may be none of them: what `wait`
+    waits for is all that was launched before, so that a host that waits for every step is never far ahead of the device.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
-        if not tensors or tensors[0].device.type != "cuda":
+        if device.type != "cuda":
             self._tensors = list(tensors)
             return
         self._tensors = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
@@ -118,7 +119,7 @@ class HostCopy:
         self._event.record()
 
     def wait(self) -> list[npt.NDArray[Any]]:
-        """The values, once they are there; raises what the device's work raised."""
+        """The values, once the device has come so far; raises what the device's work raised."""
         if self._event is not None:
             self._event.synchronize()
         return [tensor.numpy() for tensor in self._tensors]

@@ -154,10 +154,10 @@ class Runner:
             self._tokens = step.pending.tokens
             tensors += step.pending.tensors()
         step.logits = None
-        step.values = HostCopy(tensors)
+        step.values = HostCopy(tensors, self.engine.device)
 
     def collect(self, step: LaunchedStep) -> StepResult:
-        """Waits for the tokens of a sampled step."""
+        """Waits for the end of a sampled step, and for its tokens."""
         assert step.values is not None, f"step {step.plan.step_id} is not sampled"
         start = time.perf_counter()
         values = step.values.wait()

@@ -102,7 +102,7 @@ class PendingSample:
 
     def result(self) -> SamplerOutput:
         """Waits for the device and copies to the host."""
-        return self.output(HostCopy(self.tensors()).wait())
+        return self.output(HostCopy(self.tensors(), self.tokens.device).wait())
 
 
 class _Plan:

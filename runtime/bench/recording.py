@@ -38,6 +38,15 @@ class RecordingEngine:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
+    @property
+    def serving_claim(self) -> Any:
+        """Which LLM serves the wrapped engine, see runtime/ownership.py."""
+        return getattr(self._engine, "serving_claim", None)
+
+    @serving_claim.setter
+    def serving_claim(self, claim: Any) -> None:
+        self._engine.serving_claim = claim
+
     def prepare(self) -> Any:
         """Prepares the wrapped engine."""
         return self._timed("prepare", self._engine.prepare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from camshaft.runtime.packing import HostCopy, PackedTransfer, upload
 
@@ -39,6 +40,23 @@ def test_what_was_sent_stays_until_the_turn_after_the_next() -> None:
 def test_small_copies() -> None:
     array = np.arange(6).reshape(2, 3)
     tensor = upload(array, CPU)
-    values = HostCopy([tensor, tensor[:, 0] > 1]).wait()
+    values = HostCopy([tensor, tensor[:, 0] > 1], CPU).wait()
     assert values[0].tolist() == array.tolist() and values[1].tolist() == [False, True]
-    assert HostCopy([]).wait() == []
+    assert HostCopy([], CPU).wait() == []
+
+
+def test_a_copy_of_nothing_still_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that samples nothing has no values; the host may not run ahead of it all the same."""
+    calls = []
+
+    class Event:
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    copy = HostCopy([], torch.device("cuda"))
+    assert calls == ["record"]
+    assert copy.wait() == [] and calls == ["record", "synchronize"]
