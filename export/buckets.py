@@ -78,8 +78,17 @@ def decode_sizes(buckets: Sequence[int], max_sequences: int) -> list[int]:
 
 def mixed_sizes(max_batch_tokens: int) -> list[int]:
     """Numbers of tokens that mixed steps are captured for: at most an eighth of a step, or 64 rows, is padding."""
-    sizes = {*range(64, 1025, 64), *range(1152, 2049, 128), *range(2304, 4097, 256), *range(4608, max_batch_tokens, 512)}
+    sizes = {
+        *range(64, 1025, 64),
+        *range(1152, 2049, 128),
+        *range(2304, 4097, 256),
+        *range(4608, max_batch_tokens, 512),
+    }
     return sorted({size for size in sizes if size < max_batch_tokens} | {max_batch_tokens})
+
+
+MIXED_GRAPHS = 32
+"""Most shapes of mixed steps that are captured; the rest are launched piece by piece. A service meets fewer as a rule."""
 
 
 def row_sizes(max_sequences: int) -> list[int]:

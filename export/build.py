@@ -38,6 +38,7 @@ from .timer import Progress, Timer
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FP8_CAPABILITY = (8, 9)
 DEFAULT_MAX_SEQ_LEN = 4096
 """Longest sequence that an engine is built for unless told otherwise, in tokens (less where the model knows less)."""
 
@@ -254,10 +255,24 @@ def _check_precision(request: BuildRequest, device: torch.device) -> None:
         )
     if request.kv_cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"kv_cache_dtype is {request.kv_cache_dtype!r}; allowed: {', '.join(map(repr, CACHE_DTYPES))}")
+    if device.type == "cuda" and torch.cuda.is_available() and not request.capabilities:
+        _check_fp8(request, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     if request.batch_invariant and device.type != "cuda":
         raise ValueError(
             f"batch_invariant is on and the device is {device.type}; its kernels run on CUDA only: leave it out, or build with "
             "device='cuda'"
+        )
+
+
+def _check_fp8(request: BuildRequest, gpu: str, capability: tuple[int, int]) -> None:
+    """Raises ValueError where fp8 is asked of a GPU that has none: neither conversions nor products before 8.9."""
+    options = {"quantize": request.quantize, "kv_cache_dtype": request.kv_cache_dtype}
+    asked = [f"{name}='fp8'" for name, value in options.items() if value == "fp8"]
+    if asked and capability < _FP8_CAPABILITY:
+        least = ".".join(map(str, _FP8_CAPABILITY))
+        raise ValueError(
+            f"{' and '.join(asked)} on {gpu} of compute capability {capability[0]}.{capability[1]}; fp8 needs {least} or newer: "
+            "build without it, or on another GPU"
         )
 
 

@@ -5,7 +5,7 @@ A graph launches a whole step in one call, so a step costs the device's time ins
     decode   S sequences with one row each         powers of two and the largest size are captured at the start, the sizes between
                                                    them when they have been needed often; until then the next larger one serves
     mixed    T rows of S sequences, R rows sampled captured when the same shape comes a second time; the first launch, piece by
-                                                   piece, has compiled its kernels and opened its engines
+                                                   piece, has compiled its kernels and opened its engines; at most MIXED_GRAPHS
 
 A step runs in the smallest shape that holds it. What it lacks has no rows and writes nothing:
 
@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .buckets import StepShape, bucket_of, decode_sizes, mixed_sizes, row_sizes
+from .buckets import MIXED_GRAPHS, StepShape, bucket_of, decode_sizes, mixed_sizes, row_sizes
 from .executor import StepContext
+from .kernels.errors import kernel_errors, reason_of
 
 if TYPE_CHECKING:
     from .execution import StepSizes
@@ -88,6 +89,7 @@ class StepGraphs:
         self._uses: Counter[StepShape] = Counter()
         self.failures: dict[StepShape, str] = {}
         """Shapes that could not be captured, with the reason; their steps are launched piece by piece."""
+        self._told_full = False
         self.num_bytes, self.seconds = 0, 0.0
         """What the captures took: device memory, and time."""
 
@@ -132,6 +134,8 @@ class StepGraphs:
         shape = self.shape_of(batch)
         if shape is None or shape in self._graphs:
             return shape
+        if not shape.decode and self._is_full():
+            return None
         self._uses[shape] += 1
         larger = (
             [other for other in self._graphs if other.decode and other.tokens > shape.tokens] if shape.decode else []
@@ -144,15 +148,28 @@ class StepGraphs:
             return shape
         return min(larger, default=None)
 
+    def _is_full(self) -> bool:
+        """Whether no further mixed step is captured; says so once."""
+        if sum(not shape.decode for shape in self._graphs) < MIXED_GRAPHS:
+            return False
+        if not self._told_full:
+            self._told_full = True
+            logger.info("%d shapes of mixed steps are captured; further ones are launched piece by piece", MIXED_GRAPHS)
+        return True
+
     # ---------------------------------------------------------------------------------------------------------- capture
     def _capture(self, shape: StepShape) -> bool:
         """Captures a step; False, with a warning and an entry in `failures`, if that fails."""
-        before, start = torch.cuda.mem_get_info(self._device)[0], time.perf_counter()
+        start = time.perf_counter()
+        torch.cuda.empty_cache()  # as a capture does: its own memory is what is missing afterwards
+        before = torch.cuda.mem_get_info(self._device)[0]
+        current = torch.cuda.current_stream(self._device)
         graph = torch.cuda.CUDAGraph()
         try:
             self._record(shape, graph)
-        except RuntimeError as error:  # of CUDA or of a kernel that reads back from the device
-            self.failures[shape] = str(error).splitlines()[0]
+        except (RuntimeError, *kernel_errors()) as error:  # of CUDA, or of a kernel that reads back or does not compile
+            torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
+            self.failures[shape] = reason_of(error)
             logger.warning("%s is launched piece by piece, it cannot be captured: %s", shape, self.failures[shape])
             return False
         self._graphs[shape] = graph
@@ -174,7 +191,8 @@ class StepGraphs:
         if self._logits is None:
             self._logits = logits.new_zeros(self._sample_rows.shape[0], logits.shape[1])
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # thread_local: what other threads ask of CUDA meanwhile is no part of the capture, and does not end it
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._logits[: values["sample_rows"].shape[0]].copy_(self._launch(values, context))
 
     def _inputs(self, shape: StepShape) -> tuple[dict[str, Tensor], StepContext]:

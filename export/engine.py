@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..graph.weights import Weight
-from .buckets import captured_sizes, decode_sizes
+from .buckets import MIXED_GRAPHS, captured_sizes, decode_sizes
 from .execution import Execution, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 _BYTES_PER_CAPTURED_STEP = 128 << 10
 """Of a CUDA graph, for each segment or attention in it."""
-_MIXED_GRAPHS = 32
-"""Shapes of mixed steps that a service is expected to meet."""
 _UNCAPTURABLE = ("camshaft.moe",)
 """Operators whose definition reads back from the device which kernels to launch."""
 
@@ -211,7 +209,7 @@ class Engine:
             return 0
         buckets = self.config.buckets
         rows = captured_sizes(buckets, self.max_sequences)[-1]
-        graphs = len(decode_sizes(buckets, self.max_sequences)) + _MIXED_GRAPHS
+        graphs = len(decode_sizes(buckets, self.max_sequences)) + MIXED_GRAPHS
         return (
             self.activation_bytes()
             + 4 * rows * self.vocab_size

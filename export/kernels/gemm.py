@@ -1,7 +1,8 @@
 """Linear layers on CUDA: which kernel takes which product. Decided from the host integers T, N, K and the dtype alone.
 
     linear                 bf16 and fp16 weights    few rows: Triton; else cuBLAS
-    scaled_linear          fp8 weights and rows     few rows: Triton; else cuBLASLt (`torch._scaled_mm`) or Triton's tiles
+    scaled_linear          fp8 weights and rows     few rows: Triton; else cuBLASLt (`torch._scaled_mm`) or Triton's tiles, which
+                                                    take many rows of many values, too
     weight_only_linear     fp8 weights, plain rows  one row: Triton; more are that many products of one row
     invariant_*            all of them              one kernel and configuration for any T: a row's result does not depend on T
 
@@ -12,7 +13,7 @@ Import this module only where Triton is installed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -76,8 +77,11 @@ WEIGHT_ONLY_TABLE = (
 """For an fp8 weight and rows of 16 bits, first line that fits. A line for one row may name any kernel that takes one."""
 
 LIBRARY_ROWS, LIBRARY_K = 2048, 8192
-"""Above so many values in a row, cuBLASLt's product with row-wise scales is asked for at most so many rows: at 8,192 rows of 14,336
-values its results were infinite (cuBLAS of CUDA 13.0, H200)."""
+"""Above so many rows of more values than this, cuBLASLt's product with row-wise scales is not used: at 8,192 rows of 14,336
+values its results were infinite (cuBLAS of CUDA 13.0, H200), and LONG_FP8 takes 0.64 ms there instead of 0.61."""
+LIBRARY_FEWEST_ROWS = 17
+"""Of the same product: below, it had wrong results."""
+LONG_FP8 = TiledConfig(block_m=128, block_n=256, block_k=128, warps=8, stages=3)
 
 INVARIANT_HALF = TiledConfig(block_m=64, block_n=64, block_k=128, warps=4, stages=4, group=8, persistent=False)
 INVARIANT_FP8 = TiledConfig(block_m=64, block_n=64, block_k=256, warps=4, stages=4, group=8, persistent=False)
@@ -87,6 +91,15 @@ INVARIANT_FP8 = TiledConfig(block_m=64, block_n=64, block_k=256, warps=4, stages
 def choose(table: tuple[Choice, ...], num_rows: int, n: int) -> Config | None:
     """The configuration for T rows and N columns; None: the library's kernel."""
     return next(line.config for line in table if num_rows <= line.rows and n <= line.columns)
+
+
+def choose_fp8(num_rows: int, n: int, k: int) -> Config | None:
+    """The configuration for fp8 rows [T, K] and a weight [N, K]; None: the library's kernel, never where it is wrong."""
+    config = choose(FP8_TABLE, num_rows, n)
+    if config is None and num_rows > LIBRARY_ROWS and k > LIBRARY_K:
+        return LONG_FP8
+    assert config is not None or num_rows >= LIBRARY_FEWEST_ROWS, num_rows
+    return config
 
 
 def run(
@@ -124,7 +137,7 @@ def scaled_linear(
 ) -> Tensor:
     """`camshaft::scaled_linear` on CUDA: fp8 x [.., K] with scales [.., 1], fp8 weight [N, K] with scales [N]."""
     rows, scales = _rows(x), x_scale.reshape(-1, 1)
-    config = choose(FP8_TABLE, rows.shape[0], weight.shape[0])
+    config = choose_fp8(rows.shape[0], *weight.shape)
     if not rows.shape[0]:
         out = torch.empty((0, weight.shape[0]), dtype=dtype, device=x.device)
     elif config is None:
@@ -151,7 +164,8 @@ def scaled_library(
 ) -> Tensor:
     """cuBLASLt's fp8 product with a scale for each row [T, 1] and column [N]. N and K must be multiples of 16.
 
-    Only bfloat16 comes out of it, and with row-wise scales only a bfloat16 bias goes in.
+    Not to be trusted for every size: `choose_fp8` says where. Only bfloat16 comes out of it, and with row-wise scales only a
+    bfloat16 bias goes in.
     """
     added = bias if bias is not None and bias.dtype != torch.bfloat16 else None
     out = torch._scaled_mm(
@@ -202,44 +216,70 @@ class Layer:
     bias: bool = False
 
 
-ROW_CLASSES = (1, 2, 4, 16, 32, 64)
+ROW_CLASSES = (1, 2, 4, 16, 32, 64, 128, LIBRARY_ROWS + 1)
 """Numbers of rows between which no other kernel is compiled."""
 
 
-def prepare(layers: Iterable[Layer], dtype: torch.dtype, device: torch.device, *, one_row: bool = False) -> int:
+@dataclass(frozen=True)
+class _Job:
+    """A kernel to compile: what runs it on as few rows of `x_dtype` as it takes."""
+
+    config: Config
+    rows: int
+    x_dtype: torch.dtype
+
+
+def prepare(
+    layers: Iterable[Layer],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    one_row: bool = False,
+    batch_invariant: bool = False,
+) -> int:
     """Compiles the kernels that layers need for any number of rows, several at once; those in Triton's cache are only loaded.
 
-    dtype: of the results. one_row: also what fp8 layers need for one row that is not quantized. Call it before a CUDA graph is
-    captured, which cannot be done while a kernel is compiled. Returns how many there are.
+    dtype: of the results. one_row: also what fp8 layers need for one row that is not quantized. batch_invariant: what the invariant
+    operators need, and nothing else. Call it before a CUDA graph is captured, which cannot be done while a kernel is compiled.
+    Returns how many there are.
     """
-    jobs: dict[tuple[Config, int, int, bool, torch.dtype], Layer] = {}
+    jobs: dict[tuple[_Job, int, bool], Layer] = {}
     for layer in layers:
-        for rows in ROW_CLASSES:
-            config = choose(FP8_TABLE if layer.dtype == FP8 else HALF_TABLE, rows, layer.n)
-            if config is not None:
-                padded = rows if isinstance(config, RowsConfig) else max(16, rows)
-                remainder = layer.k % config.block_k
-                jobs.setdefault((_early(config, device), padded, remainder, layer.bias, layer.dtype), layer)
-        if one_row and layer.dtype == FP8:
-            config = choose(WEIGHT_ONLY_TABLE, 1, layer.n)
-            assert config is not None
-            jobs.setdefault((_early(config, device), 1, layer.k, layer.bias, dtype), layer)
+        for job in _invariant_jobs(layer) if batch_invariant else _jobs(layer, dtype, device, one_row):
+            length = layer.k if isinstance(job.config, OneRowConfig) else layer.k % job.config.block_k
+            jobs.setdefault((job, length, layer.bias), layer)
 
-    def build(config: Config, rows: int, x_dtype: torch.dtype, layer: Layer) -> None:
-        x = torch.zeros((rows, layer.k), device=device).to(x_dtype)
+    def build(job: _Job, layer: Layer) -> None:
+        x = torch.zeros((job.rows, layer.k), device=device).to(job.x_dtype)
         weight = torch.zeros((64, layer.k), device=device).to(layer.dtype)
         bias = torch.zeros(64, dtype=dtype, device=device) if layer.bias else None
-        x_scale = torch.ones(rows, 1, device=device) if x_dtype == FP8 else None
+        x_scale = torch.ones(job.rows, 1, device=device) if job.x_dtype == FP8 else None
         weight_scale = torch.ones(64, device=device) if layer.dtype == FP8 else None
-        run(config, x, weight, x_scale, weight_scale, bias, dtype)
+        run(job.config, x, weight, x_scale, weight_scale, bias, dtype)
 
     with ThreadPoolExecutor(8 if device.type == "cuda" else 1) as pool:  # the interpreter runs one kernel at a time
-        begun = [
-            pool.submit(build, config, rows, x_dtype, layer) for (config, rows, *_, x_dtype), layer in jobs.items()
-        ]
-        for job in begun:
-            job.result()
+        for begun in [pool.submit(build, job, layer) for (job, *_), layer in jobs.items()]:
+            begun.result()
     return len(jobs)
+
+
+def _jobs(layer: Layer, dtype: torch.dtype, device: torch.device, one_row: bool) -> Iterator[_Job]:
+    """The kernels of a layer, some of them more than once."""
+    for rows in ROW_CLASSES:
+        config = choose_fp8(rows, layer.n, layer.k) if layer.dtype == FP8 else choose(HALF_TABLE, rows, layer.n)
+        if isinstance(config, TiledConfig):
+            yield _Job(config, 16, layer.dtype)  # one kernel for any number of rows
+        elif config is not None:
+            padded = rows if isinstance(config, RowsConfig) else max(16, rows)
+            yield _Job(_early(config, device), padded, layer.dtype)
+    if one_row and layer.dtype == FP8:
+        config = choose(WEIGHT_ONLY_TABLE, 1, layer.n)
+        assert config is not None
+        yield _Job(_early(config, device), 1, dtype)
+
+
+def _invariant_jobs(layer: Layer) -> Iterator[_Job]:
+    yield _Job(INVARIANT_FP8 if layer.dtype == FP8 else INVARIANT_HALF, 16, layer.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

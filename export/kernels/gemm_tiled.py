@@ -42,7 +42,7 @@ class TiledConfig:
     persistent: bool = True
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "programs"])
 def _tiled_kernel(
     x, weight, x_scale, weight_scale, bias, out, num_rows, N, K, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,

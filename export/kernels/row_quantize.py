@@ -9,6 +9,8 @@ the same bits:
     gate     [T, parts] programs: activation(gate) * up of a part of a row -> [T, I], and its largest -> [T, parts]
     scale    [T, parts] programs: the largest of all parts, scale, cast
 
+A row with a NaN gets a NaN for its scale and values, as by the definitions.
+
 Import this module only where Triton is installed. TRITON_INTERPRET=1 runs it on CPU tensors, slowly.
 """
 
@@ -32,18 +34,26 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 @triton.jit
+def _largest(values):
+    # Of values that are not negative; NaN if one is NaN, which a maximum alone may drop
+    num_nans = tl.sum((values != values).to(tl.int32), 0)
+    return tl.where(num_nans > 0, float("nan"), tl.max(values, 0))
+
+
+@triton.jit
 def _store_scaled(values, largest, out, scale, row, column, keep, first, WIDTH: tl.constexpr):
     # Of a row, or of a part of it; the first one stores the scale
-    step = tl.maximum(tl.div_rn(largest, _FP8_MAX), _TINY)
+    step = tl.maximum(tl.div_rn(largest, _FP8_MAX), _TINY, propagate_nan=tl.PropagateNan.ALL)
     scaled = values * tl.div_rn(1.0, step)
-    scaled = tl.minimum(tl.maximum(scaled, -_FP8_MAX), _FP8_MAX)
+    scaled = tl.maximum(scaled, -_FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    scaled = tl.minimum(scaled, _FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out + row * WIDTH + column, scaled.to(out.dtype.element_ty), mask=keep)
     tl.store(scale + row, step, mask=first)
 
 
 @triton.jit
 def _store_quantized(values, out, scale, row, column, keep, WIDTH: tl.constexpr):
-    largest = tl.max(tl.where(keep, tl.abs(values), 0.0), 0)
+    largest = _largest(tl.where(keep, tl.abs(values), 0.0))
     _store_scaled(values, largest, out, scale, row, column, keep, row >= 0, WIDTH)
 
 
@@ -93,7 +103,7 @@ def _gated(y, row, column, keep, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr):
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         active = gate * tl.sigmoid(2.0 * inner)
     else:
-        active = tl.maximum(gate, 0.0)
+        active = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
     value = active.to(y.dtype.element_ty).to(tl.float32) * up
     return value.to(y.dtype.element_ty).to(tl.float32)
 
@@ -116,7 +126,7 @@ def _glu_parts_kernel(
     keep = column < WIDTH
     value = _gated(y, row, column, keep, WIDTH, ACTIVATION)
     tl.store(values + row * WIDTH + column, value.to(values.dtype.element_ty), mask=keep)
-    tl.store(largest + row * PARTS + part, tl.max(tl.where(keep, tl.abs(value), 0.0), 0))
+    tl.store(largest + row * PARTS + part, _largest(tl.where(keep, tl.abs(value), 0.0)))
 
 
 @triton.jit
@@ -129,7 +139,7 @@ def _scale_parts_kernel(
     keep = column < WIDTH
     value = tl.load(values + row * WIDTH + column, mask=keep, other=0.0).to(tl.float32)
     parts = tl.arange(0, PADDED_PARTS)
-    top = tl.max(tl.load(largest + row * PARTS + parts, mask=parts < PARTS, other=0.0), 0)
+    top = _largest(tl.load(largest + row * PARTS + parts, mask=parts < PARTS, other=0.0))
     _store_scaled(value, top, out, scale, row, column, keep, part == 0, WIDTH)
 
 

@@ -21,17 +21,20 @@ from torch import Tensor, fx
 
 from ...graph import ops
 from ..kernels import gemm_ops
+from ..kernels.errors import kernel_errors, reason_of
 from ..segment import Segment
 from ..trace import export_segment
 from . import one_row
 from .base import Bound, Built, Lowered, LoweringError, LowerRequest, Workers
-from .inductor_source import Compiled, aligned, compile_archive, open_archive, variants_of
+from .inductor_source import Compiled, aligned, calls, compile_archive, open_archive, variants_of
 
 logger = logging.getLogger(__name__)
 
 _MOE = torch.ops.camshaft.moe.default
 _ONE_ROW = "one_row"
 """The name of a segment's variant for one token."""
+_INVARIANT = "camshaft.invariant_"
+"""How the names of batch-invariant operators begin."""
 
 
 def _options(request: LowerRequest) -> dict[str, bool]:
@@ -59,13 +62,14 @@ def linear_layers(segment: Segment) -> list[tuple[int, int, torch.dtype, bool]]:
     return list(found)
 
 
-def _prepare_kernels(segment: Segment, device: torch.device, *, one_row: bool) -> None:
+def _prepare_kernels(segment: Segment, device: torch.device, *, one_row: bool, batch_invariant: bool) -> None:
     from ..kernels import gemm
 
     dtypes = {entry["dtype"] for entry in segment.placeholders} & {"float16", "bfloat16"}
     if dtypes:
         dtype = getattr(torch, min(dtypes))
-        gemm.prepare([gemm.Layer(*layer) for layer in linear_layers(segment)], dtype, device, one_row=one_row)
+        layers = [gemm.Layer(*layer) for layer in linear_layers(segment)]
+        gemm.prepare(layers, dtype, device, one_row=one_row, batch_invariant=batch_invariant)
 
 
 class _InductorSegment:
@@ -121,7 +125,7 @@ def _open_source(segment: Segment, engine: Path, device: torch.device) -> Lowere
         open_archive(engine, device, _ONE_ROW) if has_one_row else None,
         one_row.token_axis(segment) if has_one_row else None,
     )
-    _prepare_kernels(segment, device, one_row=has_one_row)
+    _prepare_kernels(segment, device, one_row=has_one_row, batch_invariant=calls(engine, _INVARIANT))
     return opened
 
 
@@ -167,10 +171,13 @@ class InductorTarget:
                 return _lower_source(segment, request)
             exported = export_segment(segment, request.device, request.max_tokens, ops.inline)
             aoti_compile_and_package(exported, package_path=buffer)
-        except (RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
-            raise LoweringError(
-                f"Inductor could not compile segment {segment.id}: {str(error).splitlines()[0]}"
-            ) from error
+        except (
+            RuntimeError,
+            torch._inductor.exc.InductorError,
+            torch._dynamo.exc.UserError,
+            *kernel_errors(),
+        ) as error:
+            raise LoweringError(f"Inductor could not compile segment {segment.id}: {reason_of(error)}") from error
         return Built(buffer.getvalue())
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
@@ -182,7 +189,7 @@ class InductorTarget:
                 return _open_source(segment, engine, device)
             # single-threaded: otherwise a call waits on the host until the previous one has left the device
             return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, *kernel_errors()) as error:
             raise LoweringError(
-                f"{engine.name} cannot be opened ({str(error).splitlines()[0]}); build the engine again here"
+                f"{engine.name} cannot be opened ({reason_of(error)}); build the engine again here"
             ) from error

@@ -123,6 +123,15 @@ def variants_of(file: Path) -> frozenset[str]:
         raise ValueError(f"not a whole archive of a compiled segment ({error})") from error
 
 
+def calls(file: Path, name: str) -> bool:
+    """Whether an archive's code names an operator, or one whose name begins so. Raises OSError or ValueError for a damaged one."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return name.encode() in archive.read(_SOURCE)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"not a whole archive of a compiled segment ({error})") from error
+
+
 def open_archive(file: Path, device: torch.device, variant: str = "") -> Compiled:
     """Opens an archive and returns its function. Raises OSError, ValueError or RuntimeError for one that is damaged."""
     from torch._inductor.codecache import PyCodeCache

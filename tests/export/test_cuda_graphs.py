@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import pytest
+import torch
+from camshaft.export import cuda_graphs
 from camshaft.export.buckets import StepShape
 from camshaft.export.cuda_graphs import CaptureLimits, StepGraphs
 from camshaft.export.engine import Engine
@@ -105,3 +108,47 @@ def test_prompt_logprobs_are_never_captured(engine: Engine) -> None:
             (output,) = llm.generate([list(range(40))], params)
             assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 40
         assert not graphs.replayed
+
+
+def test_so_many_mixed_steps_are_captured_and_no_more(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MIXED_GRAPHS", 1)
+    params = [SamplingParams(temperature=0, max_tokens=5 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    with LLM(engine, max_chunk_tokens=30, enable_prefix_cache=False) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, params)]
+        graphs = OnCpu.of(engine)
+        with caplog.at_level(logging.INFO, "camshaft.export.cuda_graphs"):
+            for _ in range(3):
+                assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
+        assert sum(not shape.decode for shape in graphs.shapes) == 1
+        assert any(shape.decode for shape in graphs.shapes)
+        assert sum("further ones are launched piece by piece" in message for message in caplog.messages) == 1
+
+
+class KernelError(Exception):
+    """As Triton's: no RuntimeError."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no\nsecond line"), KernelError("at 1:2:\n  x\nno"), RuntimeError()])
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(cuda_graphs, "kernel_errors", lambda: (KernelError,))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (calls.append("mem_get_info"), 0)[1:])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+
+    def record(self: StepGraphs, shape: StepShape, graph: object) -> None:
+        raise error
+
+    monkeypatch.setattr(StepGraphs, "_record", record)
+    with LLM(engine):
+        graphs = OnCpu.of(engine)
+        shape = StepShape(4, 4, 4, True)
+        assert not StepGraphs._capture(graphs, shape)
+        assert graphs.failures[shape].startswith(("no", "at 1:2:", "RuntimeError")) and not graphs.shapes
+    assert calls == ["empty_cache", "mem_get_info", "the current stream"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from camshaft.export.targets import inductor_source
+from camshaft.export.kernels import errors
+from camshaft.export.targets import inductor, inductor_source
 from camshaft.export.targets.base import LoweringError
 from camshaft.export.targets.inductor import InductorTarget
 from torch import Tensor, nn
@@ -79,6 +80,48 @@ def test_a_damaged_archive_is_refused_by_name(archive, tmp_path: Path, monkeypat
     segment = None
     with pytest.raises(LoweringError, match=r"damaged\.pt2 cannot be opened .* build the engine again"):
         InductorTarget().load(segment, file, torch.device("cuda"))  # type: ignore[arg-type]
+
+
+def test_the_operators_that_an_archive_calls(archive, tmp_path: Path) -> None:
+    file = tmp_path / "segment"
+    file.write_bytes(archive[1])
+    assert inductor_source.calls(file, "def call(") and not inductor_source.calls(file, "camshaft.invariant_")
+    file.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="not a whole archive"):
+        inductor_source.calls(file, "x")
+
+
+class KernelError(Exception):
+    """As Triton's: no RuntimeError; the message begins with a place in the source."""
+
+    def __str__(self) -> str:
+        return "at 3:8:\n    x = tl.load(p)\n        ^\nout of resource: shared memory"
+
+
+def test_a_kernel_that_does_not_compile_is_a_lowering_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise KernelError
+
+    monkeypatch.setattr(inductor, "kernel_errors", lambda: (KernelError,))
+    monkeypatch.setattr(errors, "kernel_errors", lambda: (KernelError,))
+    monkeypatch.setattr(inductor, "_open_source", fail)
+    with pytest.raises(LoweringError, match=r"\(at 3:8: out of resource: shared memory\); build the engine again"):
+        InductorTarget().load(None, Path("a.pt2"), torch.device("cuda"))  # type: ignore[arg-type]
+
+
+def test_tritons_errors_are_known_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str) -> None:
+        return None
+
+    errors.kernel_errors.cache_clear()
+    monkeypatch.setattr(errors.importlib.util, "find_spec", find_spec)
+    try:
+        assert errors.kernel_errors() == ()
+    finally:
+        errors.kernel_errors.cache_clear()
+    monkeypatch.undo()
+    triton = pytest.importorskip("triton.runtime.errors", reason="Triton is not installed")
+    assert issubclass(triton.OutOfResources, errors.kernel_errors())
 
 
 def test_inputs_are_passed_aligned_and_contiguous() -> None:

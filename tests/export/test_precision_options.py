@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from camshaft.export.build import BuildRequest, _check_fp8
 from camshaft.export.manifest import BuildConfig, Manifest
 
 import camshaft
@@ -29,6 +30,19 @@ CONFIG = BuildConfig(
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         camshaft.compile("demo", target="eager", device="cpu", **options)
+
+
+def test_fp8_is_refused_on_gpus_without_it() -> None:
+    asked = BuildRequest(quantize="fp8", kv_cache_dtype="fp8")
+    with pytest.raises(
+        ValueError, match=r"quantize='fp8' and kv_cache_dtype='fp8' on NVIDIA A100 of .* 8\.0; .* 8\.9 or newer"
+    ):
+        _check_fp8(asked, "NVIDIA A100", (8, 0))
+    with pytest.raises(ValueError, match=r"^kv_cache_dtype='fp8' on NVIDIA A10 "):
+        _check_fp8(BuildRequest(kv_cache_dtype="fp8"), "NVIDIA A10", (8, 6))
+    for capability in ((8, 9), (9, 0), (10, 0)):
+        _check_fp8(asked, "a GPU", capability)
+    _check_fp8(BuildRequest(), "NVIDIA A100", (8, 0))
 
 
 def test_one_line_says_all() -> None:

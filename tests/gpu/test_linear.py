@@ -128,6 +128,38 @@ def test_scaled_linear_by_the_table(rows: int) -> None:
     check(out, given)
 
 
+LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+"""N and K of its linear layers."""
+
+
+@pytest.mark.skipif(INTERPRET, reason="cuBLASLt")
+@pytest.mark.parametrize(("n", "k"), LLAMA_8B)
+def test_scaled_linear_of_any_number_of_rows(n: int, k: int) -> None:
+    """Against fp32 products of the same operands, each row: the library's kernels have been wrong at single sizes."""
+    given = operands(8192, n, k, FP8)
+    x, weight, x_scale, weight_scale, bias = (given[key] for key in ("x", "weight", "x_scale", "weight_scale", "bias"))
+    assert x is not None and weight is not None and x_scale is not None and weight_scale is not None
+    assert bias is not None and not torch.backends.cuda.matmul.allow_tf32
+    wanted = (x.float() @ weight.float().t()) * x_scale * weight_scale
+    for rows in (1, 2, 16, 17, 64, 65, 100, 128, 129, 200, 511, 1000, 1536, 2048, 2049, 3000, 4096, 5000, 8192):
+        for added in (None, bias):
+            out = gemm.scaled_linear(x[:rows], x_scale[:rows], weight, weight_scale, added, HALF).float()
+            right = wanted[:rows] if added is None else wanted[:rows] + added.float()
+            assert out.isfinite().all(), (rows, added is None)
+            worst = ((out - right).norm(dim=1) / right.norm(dim=1)).max().item()
+            assert worst < 1e-2, (rows, added is None, worst)
+
+
+def test_the_library_takes_no_fp8_product_that_it_gets_wrong() -> None:
+    for n in (16, 1024, 4096, 4112, 8192, 8208, 28672, 1 << 20):
+        for rows in range(1, gemm.LIBRARY_FEWEST_ROWS):
+            assert gemm.choose_fp8(rows, n, 4096) is not None
+        for rows in (2049, 8192, 1 << 20):
+            assert gemm.choose_fp8(rows, n, 14336) == gemm.LONG_FP8
+            assert gemm.choose_fp8(rows, n, 8192) is None
+        assert gemm.choose_fp8(2048, n, 14336) is None
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 17, 64, 200])
 def test_linear_by_the_table(rows: int) -> None:
     given = operands(rows, N, K, HALF)
@@ -234,7 +266,38 @@ def test_captured_in_a_cuda_graph(dtype: torch.dtype, overlap: bool) -> None:
             assert torch.equal(chain(static["x"], static.get("x_scale")), results[0])
 
 
+@pytest.mark.parametrize("kernel", ["rows", "norm", "glu", "glu_parts"])
+@pytest.mark.parametrize("activation", row_quantize.ACTIVATIONS)
+def test_a_nan_stays_one(kernel: str, activation: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 1200).to(DEVICE, HALF)
+    x[1, 7] = float("nan")
+    if kernel == "rows":
+        out, scale = row_quantize.quantize_rows(x, CAST)
+    elif kernel == "norm":
+        out, scale, _ = row_quantize.add_rms_norm_quantize(x, torch.zeros_like(x), None, 1e-5, 0.0, False, CAST)
+    elif kernel == "glu":
+        out, scale = row_quantize.glu_quantize_whole(x, activation, CAST)
+    else:
+        out, scale = row_quantize.glu_quantize_parts(x, activation, CAST, part=256)
+    assert scale.isnan().flatten().tolist() == [False, True, False]
+    assert out[1].float().isnan().all() and out[::2].float().isfinite().all()
+
+
+@pytest.mark.parametrize("activation", row_quantize.ACTIVATIONS)
+def test_parts_of_a_row_give_the_same_bits(activation: str) -> None:
+    torch.manual_seed(0)
+    for rows, width in ((1, 1536), (5, 768), (64, 14336)) if not INTERPRET else ((2, 300),):
+        y = 3 * torch.randn(rows, 2 * width).to(DEVICE, HALF)
+        whole = row_quantize.glu_quantize_whole(y, activation, CAST)
+        parts = row_quantize.glu_quantize_parts(y, activation, CAST, part=64 if INTERPRET else row_quantize.PART)
+        assert torch.equal(whole[0].float(), parts[0].float()) and torch.equal(whole[1], parts[1])
+
+
 def test_kernels_are_prepared() -> None:
     layers = [gemm.Layer(32, 64, HALF), gemm.Layer(16384, 64, HALF, bias=True), gemm.Layer(32, 64, FP8)]
     assert gemm.prepare(layers, HALF, torch.device(DEVICE)) >= 1
+    assert gemm.prepare(layers, HALF, torch.device(DEVICE), batch_invariant=True) == 3
+    jobs = set(gemm._jobs(gemm.Layer(4096, 16384, FP8), HALF, torch.device(DEVICE), False))
+    assert {job.config for job in jobs} >= {gemm.choose(gemm.FP8_TABLE, 128, 4096), gemm.LONG_FP8}
     assert gemm.prepare([], HALF, torch.device(DEVICE)) == 0

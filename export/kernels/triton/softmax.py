@@ -10,10 +10,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def saturate(x, cache):
-    # x as an element of the cache: float8_e4m3fn ends at 448 and has no infinity
+    # x as an element of the cache: float8_e4m3fn ends at 448 and has no infinity; NaN stays NaN
     element = cache.dtype.element_ty
     if element == tl.float8e4nv:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -448.0), 448.0)
+        x = tl.maximum(x.to(tl.float32), -448.0, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return x.to(element)
 
 
