@@ -30,7 +30,8 @@ class RequestHandle:
         output = handle.result()            the whole result, without asyncio
 
     All of them raise what went wrong. Iterating yields increments only if the handle was made for streaming. With `on_output`
-    every increment is given to that function on the serving thread, and none is kept for iterating.
+    every increment is given to that function on the serving thread, and none is kept for iterating; if the function raises,
+    the request ends with that error.
     """
 
     def __init__(
@@ -111,21 +112,30 @@ class RequestHandle:
 
     def increment(self, output: RequestOutput) -> None:
         """Takes what is new."""
-        if self._on_output is not None:
-            self._on_output(output)
-            return
-        self._items.append(output)
-        self._wake()
+        if self._on_output is None:
+            self._items.append(output)
+            self._wake()
+        elif not self.done:
+            self._call(self._on_output, output)
 
     def finish(self, output: RequestOutput) -> None:
         """Takes the whole result."""
-        self._future.set_result(output)
-        self._wake()
+        if not self.done:  # otherwise `on_output` raised before
+            self._future.set_result(output)
+            self._wake()
 
     def fail(self, error: Exception) -> None:
         """Takes the error that ended the request."""
-        self._future.set_exception(error)
-        self._wake()
+        if not self.done:
+            self._future.set_exception(error)
+            self._wake()
+
+    def _call(self, on_output: Callable[[RequestOutput], None], output: RequestOutput) -> None:
+        try:
+            on_output(output)
+        except Exception as error:  # the user's code: it ends its own request, and nobody else's
+            self.fail(error)
+            self._serving.abort(self.request_id)
 
     def _wake(self) -> None:
         self._arrived.set()

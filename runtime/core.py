@@ -25,6 +25,8 @@ from .sampler import TokenLogprobs
 from .scheduler import Scheduler
 from .tokenizer import Tokenizer
 
+_NO_TOKEN = ", or every token is masked (allowed_token_ids, bad words, min_tokens). If no masks were asked for"
+
 
 @dataclasses.dataclass(slots=True)
 class StepTimes:
@@ -37,7 +39,8 @@ class StepTimes:
     ahead: int = 0
     """Steps that were launched while the one before them computed; the others were launched into an idle device."""
     late: int = 0
-    """Steps ahead whose sampling had to wait for the tokens before: penalties and bad words follow them."""
+    """Steps ahead that were sampled when the tokens before were delivered: penalties and bad words follow them, and top_p
+    without top_k waits for the device."""
     schedule_s: float = 0.0
     launch_s: float = 0.0
     """Batch, engine, sampler."""
@@ -189,7 +192,10 @@ class ServingCore:
         self.times.wait_s += result.wait_s
         now = time.monotonic()
         for index in result.failed:
-            self._fail_row(plan, index)
+            request = plan.request(index)
+            self._fail_row(request, f"no token can be chosen at position {request.num_tokens}", _NO_TOKEN)
+        for index, position in result.failed_prompts.items():
+            self._fail_row(plan.request(index), f"no log-probabilities after position {position} of the prompt", "")
         for index, logprobs in result.prompt_logprobs.items():
             self._keep_prompt_logprobs(plan, index, logprobs)
         updates = self.scheduler.update(plan, result.tokens)
@@ -283,16 +289,13 @@ class ServingCore:
 
     # --- failures -----------------------------------------------------------------------------------------------
 
-    def _fail_row(self, plan: StepPlan, index: int) -> None:
-        request = plan.request(index)
+    def _fail_row(self, request: Request, what: str, masks: str) -> None:
         owner = self._owner(request)
-        if owner is None:
-            return
-        self._fail(owner[0], RuntimeError(
-            f"request {request.request_id!r}: no token can be chosen at position {request.num_tokens}: the logits are "
-            "NaN or infinite, or every token is masked (allowed_token_ids, bad words, min_tokens). If no masks were "
-            "asked for, the model's numerics are at fault: compare with target='eager'"
-        ))  # fmt: skip
+        if owner is not None:
+            self._fail(owner[0], RuntimeError(
+                f"request {request.request_id!r}: {what}: the logits are NaN or infinite{masks}, the model's numerics are "
+                "at fault: compare with target='eager'"
+            ))  # fmt: skip
 
     def _fail_step(self, plan: StepPlan, error: Exception) -> None:
         for row in plan.scheduled:

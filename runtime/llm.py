@@ -235,7 +235,8 @@ class LLM:
         Args:
             prompt: one prompt of any form that `generate` takes.
             request_id: a name of your own, for `abort`; None: made up.
-            on_output: called on the serving thread with what is new, instead of iterating; it must be quick and not raise.
+            on_output: called on the serving thread with what is new, instead of iterating; it must be quick. If it
+                raises, the request ends with that error.
 
         Raises:
             ValueError: the input is not in order; nothing was queued.

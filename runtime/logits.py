@@ -49,6 +49,9 @@ class SamplingState:
     """Output tokens that the penalty pool has counted."""
     alive: bool = True
     """False once the request has ended."""
+    late: bool = False
+    """Whether the row is sampled when the step in flight has its result: it `follows_tokens`, or its sampling makes the host
+    wait for the device. Set by the runner."""
     greedy: bool = field(init=False)
     penalised: bool = field(init=False)
     ruled: bool = field(init=False)

@@ -21,11 +21,12 @@ import numpy.typing as npt
 import torch
 
 from .batch import Batch, BatchBuilder, Engine
+from .distribution import token_logprobs
 from .logits import SamplingState
 from .packing import HostCopy, upload
 from .plan import ScheduledRequest, StepPlan
 from .request import Request
-from .sampler import PendingSample, Sampler, TokenLogprobs, token_logprobs
+from .sampler import PendingSample, Sampler, TokenLogprobs
 from .sampling_params import SamplingParams
 
 _ENDED = SamplingState(SamplingParams(temperature=0), (), (), 0)
@@ -45,6 +46,8 @@ class StepResult:
     """Index -> log-probabilities of the prompt tokens start + 1 ... that follow the computed rows."""
     failed: list[int] = field(default_factory=list)
     """Indices whose logits had no finite maximum; their token is a placeholder."""
+    failed_prompts: dict[int, int] = field(default_factory=dict)
+    """Index -> the first position of its prompt whose logits give no probabilities (NaN or infinite)."""
     wait_s: float = 0.0
     """How long the host waited for the device."""
 
@@ -85,7 +88,7 @@ class Runner:
             device=engine.device,
         )
         self._states: dict[str, SamplingState] = {}
-        self._num_following = 0
+        self._num_late = 0
         self._tokens: torch.Tensor | None = None
         self._decodes: tuple[Request, ...] | None = None
         self._decode_states: list[SamplingState] = []
@@ -101,7 +104,8 @@ class Runner:
             tuple(sorted(request.stop_ids)),
             tuple(tuple(word) for word in request.params.bad_token_ids or ()),
         )
-        self._num_following += state.follows_tokens
+        state.late = state.follows_tokens or self.sampler.reads_device(state)
+        self._num_late += state.late
 
     def release(self, request_id: str) -> None:
         """Frees what belongs to a request that has ended; harmless for an unknown one."""
@@ -109,7 +113,7 @@ class Runner:
         state = self._states.pop(request_id, None)
         if state is not None:
             state.alive = False
-            self._num_following -= state.follows_tokens
+            self._num_late -= state.late
             self.sampler.release(state)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -123,14 +127,15 @@ class Runner:
         """Puts a plan into the device's queue; whatever the engine raises passes through.
 
         `sample` has to follow when the step in flight has its result, unless the step `is_sampled` at once. It is not
-        where a row's distribution depends on the token in flight (penalties, bad words of several tokens).
+        where a row's distribution depends on the token in flight (penalties, bad words of several tokens), or where sampling
+        would make the host wait for this step before it delivers the one in flight (top_p without top_k).
         """
         batch = self._builder.build(plan, self._tokens if plan.on_top else None)
         logits = self.engine.step(batch)
         self._check(logits, batch)
         step = LaunchedStep(plan)
         self._choose_rows(step, logits)
-        if not (plan.on_top and self._num_following and any(state.follows_tokens for state in step.states)):
+        if not (plan.on_top and self._num_late and any(state.late for state in step.states)):
             self.sample(step)
         return step
 
@@ -163,7 +168,13 @@ class Runner:
         values = step.values.wait()
         result = StepResult(_NOTHING, wait_s=time.perf_counter() - start)
         for n, (index, parts) in enumerate(step.prompts):
-            result.prompt_logprobs[index] = TokenLogprobs(*values[len(parts) * n : len(parts) * (n + 1)])
+            found = TokenLogprobs(*values[len(parts) * n : len(parts) * (n + 1)])
+            undefined = np.flatnonzero(np.isnan(found.logprobs))
+            if len(undefined):
+                start = step.plan.others[index - len(step.plan.decodes)].start
+                result.failed_prompts[index] = start + int(undefined[0])
+            else:
+                result.prompt_logprobs[index] = found
         if step.pending is None:
             return result
         output = step.pending.output(values[4 * len(step.prompts) :])
@@ -212,4 +223,4 @@ class Runner:
         targets: Sequence[int] = request.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
         if targets:
             tokens = upload(np.array(targets, dtype=np.int64), logits.device)
-            step.prompts.append((index, token_logprobs(logits[: len(targets)].float(), tokens, num_top)))
+            step.prompts.append((index, token_logprobs(logits[: len(targets)], tokens, num_top)))

@@ -4,11 +4,12 @@
 
 Random rows are drawn by inverting the cumulative distribution at ONE uniform number per row. That number is a hash of
 (the request's seed, the index of the token), made on the host, so what a request draws depends neither on the batch
-around it nor on the device. The inversion goes in two levels (blocks of 256 tokens, then inside one block), so the
-probabilities are read once and are never sorted.
+around it nor on the device. Nor does any arithmetic depend on the batch, see runtime/distribution.py. The inversion goes in
+two levels (blocks of 256 tokens, then inside one block), so the probabilities are read once and are never sorted.
 
 min_p, top_k and top_p all become one threshold on the logits per row; tokens of equal logit share their fate, whatever
-their order. The thresholds come from a `topk` prefix; a row is sorted in full only if its prefix holds too little mass.
+their order. The thresholds come from a `topk` prefix; a row is sorted in full only if its prefix holds too little mass. That is
+what the host has to ask the device, so rows with top_p and no top_k are sampled late (`Sampler.reads_device`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .distribution import cut_threshold, draw_tokens, greedy_tokens, token_logprobs
 from .logits import NEGATIVE_INFINITY, PenaltyPool, SamplingState, apply_token_rules
 from .packing import HostCopy, upload
 
 PREFIX = 1024
 """Largest tokens looked at first where a row asks for top_p and no (or a larger) top_k."""
-_BLOCK = 256
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -169,6 +170,12 @@ class Sampler:
         self.penalties.release(state)
         self._plan = None
 
+    def reads_device(self, state: SamplingState) -> bool:
+        """Whether `launch` waits for the device where a row has this state: top_p without top_k over a large vocabulary."""
+        params = state.params
+        limited = 0 < params.top_k < self.vocab_size
+        return params.top_p < 1.0 and not (state.greedy or limited) and self.vocab_size > PREFIX
+
     def sample(self, logits_RV: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
         """`launch(...).result()`: samples the tokens that follow `output_token_ids`, and waits."""
         return self.launch(logits_RV, states, np.array([len(state.output_token_ids) for state in states])).result()
@@ -238,8 +245,9 @@ class Sampler:
         if plan.cut:
             x_CV = _select(x_NV, plan.cut_N)
             low_C = None if low is None else _select(low, plan.cut_N)
-            cut = _threshold(x_CV, low_C, plan.cut_k, plan.cut_p if plan.any_p else None, plan.cut_width,
-                             plan.any_unlimited)  # fmt: skip
+            cut = cut_threshold(
+                x_CV, low_C, plan.cut_k, plan.cut_p if plan.any_p else None, plan.cut_width, plan.any_unlimited
+            )
             if plan.cut_N is None:
                 low = cut
             else:
@@ -247,103 +255,9 @@ class Sampler:
                 low.index_copy_(0, plan.cut_N, cut)
         if low is not None:
             x_NV.masked_fill_(x_NV < low, NEGATIVE_INFINITY)
-        return invert_cumulative(x_NV.softmax(-1), uniform_N)
+        return draw_tokens(x_NV, uniform_N)
 
 
 def _select(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The given rows of `x`; `x` itself for None."""
     return x if rows is None else x.index_select(0, rows)
-
-
-def greedy_tokens(logits_RV: torch.Tensor) -> torch.Tensor:
-    """[R] int64: the most likely token of each row (the lowest id among equals), -1 where the maximum is not finite."""
-    if logits_RV.device.type == "cpu":  # over a large vocabulary NumPy's argmax takes a quarter of the time
-        logits = logits_RV.numpy()
-        best = logits.argmax(1)
-        return torch.from_numpy(np.where(np.isfinite(logits[np.arange(len(best)), best]), best, -1))
-    values, indices = logits_RV.max(-1)
-    return torch.where(values.isfinite(), indices, -1)
-
-
-def _threshold(
-    x_NV: torch.Tensor,
-    low: torch.Tensor | None,
-    k: torch.Tensor,
-    p: torch.Tensor | None,
-    width: int,
-    any_unlimited: bool,
-) -> torch.Tensor:
-    """[N, 1] smallest logit that survives `low` (min_p), then top_k, then top_p.
-
-    Args:
-        low: [N, 1] least logit allowed so far, or None.
-        k: [N, 1] int64, V where off.
-        p: [N, 1] float64, infinite where off; None where no row asks.
-        width: how many of the largest logits to look at; at least every k that is below V.
-        any_unlimited: whether some row has k = V.
-    """
-    vocab_size = x_NV.shape[1]
-    full = width >= vocab_size
-    top = x_NV.sort(-1, descending=True).values if full else x_NV.topk(width, -1).values
-    alive = torch.arange(top.shape[1], device=x_NV.device)[None] < k
-    if low is not None:
-        alive &= top >= low
-    uncovered = None
-    if p is not None:
-        weight = (top - top[:, :1]).double().exp_().masked_fill_(~alive, 0.0)
-        running = weight.cumsum(-1)
-        total = running[:, -1:]
-        if any_unlimited and not full:
-            survivors = x_NV if low is None else x_NV.masked_fill(x_NV < low, NEGATIVE_INFINITY)
-            mass = (survivors.logsumexp(-1, keepdim=True) - top[:, :1]).double().exp_()
-            total = torch.where(k >= vocab_size, mass, total)
-            uncovered = (alive[:, -1:] & (k >= vocab_size) & p.isfinite() & (running[:, -1:] < p * total))[:, 0]
-        alive &= running - weight < p * total
-    kept = alive.sum(-1, keepdim=True).clamp_(min=1)
-    threshold = top.gather(-1, kept - 1)
-    if uncovered is not None and bool(uncovered.any()):
-        rows = uncovered.nonzero()[:, 0]
-        rest = _threshold(x_NV[rows], None if low is None else low[rows], k[rows], p[rows] if p is not None else None,
-                          vocab_size, True)  # fmt: skip
-        threshold.index_copy_(0, rows, rest)
-    return threshold
-
-
-def invert_cumulative(probs_NV: torch.Tensor, uniform_N: torch.Tensor) -> torch.Tensor:
-    """[N] int64: the token at which each row's cumulative sum first exceeds `uniform` times its total.
-
-    Args:
-        probs_NV: [N, V] float32 weights, not negative, need not sum to one.
-        uniform_N: [N] float64 in [0, 1).
-
-    A token of weight zero is never chosen; a row whose weights are not finite or all zero gives -1.
-    """
-    num_rows, vocab_size = probs_NV.shape
-    split = vocab_size - vocab_size % _BLOCK
-    sums = probs_NV[:, :split].unflatten(1, (-1, _BLOCK)).sum(-1) if split else probs_NV[:, :0]
-    if split < vocab_size:
-        sums = torch.cat([sums, probs_NV[:, split:].sum(-1, keepdim=True)], 1)
-    cumulative = sums.double().cumsum(-1)
-    total = cumulative[:, -1:]
-    target = uniform_N[:, None] * total
-    block = (cumulative <= target).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
-    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
-    index = block * _BLOCK + torch.arange(_BLOCK, device=probs_NV.device)
-    inside = probs_NV.gather(1, index.clamp(max=vocab_size - 1)).double().masked_fill_(index >= vocab_size, 0.0)
-    inside = inside.cumsum(-1)
-    # The two levels round differently: stay strictly below the block's own total, so that a token is always found.
-    rest = torch.minimum(target - before, inside[:, -1:] * (1 - 2.0**-40))
-    token = block * _BLOCK + (inside <= rest).sum(-1, keepdim=True)
-    valid = total.isfinite() & (total > 0)
-    return torch.where(valid, token, -1)[:, 0]
-
-
-def token_logprobs(
-    logits_NV: torch.Tensor, tokens_N: torch.Tensor, num_top: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Top tokens [N, k], their log-probabilities [N, k], and log-probability [N] and rank [N] of the given tokens."""
-    normaliser = logits_NV.logsumexp(-1, keepdim=True)
-    chosen = logits_NV.gather(1, tokens_N[:, None])
-    ranks = (logits_NV > chosen).sum(-1) + 1
-    top = logits_NV.topk(min(num_top, logits_NV.shape[1]), -1)
-    return top.indices, top.values - normaliser, (chosen - normaliser)[:, 0], ranks

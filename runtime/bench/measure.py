@@ -64,30 +64,35 @@ def run_latency(
 ) -> Repeat:
     """One request after another, batch size 1.
 
-    Returns decode_ms_* per token after the first, decode_tok_s (of these tokens alone), ttft_ms_*, request_s (median end-to-end
-    seconds), output_tok_s, prompts included, and what `stats_between` gives.
+    Returns decode_ms_* (from each token's delivery to the next one's), decode_tok_s (tokens after the first, over the time from
+    each request's first token to its end, so without prompts), ttft_ms_*, request_s (median end-to-end seconds), output_tok_s,
+    prompts included, and what `stats_between` gives.
     """
     ttft: list[float] = []
     totals: list[float] = []
     decode: list[float] = []
-    num_output = 0
+    decode_s, num_decoded, num_output = 0.0, 0, 0
     before = llm.stats()
     for request in requests:
         engine.clear()
+        delivered: list[tuple[float, int]] = []
         start = time.perf_counter()
-        output = llm.generate(
-            [{"prompt_token_ids": request.prompt}], sampling_of(request, ignore_eos=ignore_eos), progress=False
-        )[0]
-        end = time.perf_counter()
-        totals.append(end - start)
+        output = llm.generate_async(
+            {"prompt_token_ids": request.prompt},
+            sampling_of(request, ignore_eos=ignore_eos),
+            on_output=lambda new, to=delivered: to.append((time.perf_counter(), len(new.token_ids))),  # type: ignore[misc]
+        ).result()
+        totals.append(time.perf_counter() - start)
         num_output += len(output.token_ids)
-        first = output.metrics.time_to_first_token_s
-        if first is not None:
-            ttft.append(1e3 * first)
-        decode.extend(_intervals_ms(engine.steps, end)[1][1:])
+        metrics = output.metrics
+        if metrics.first_token_s is not None and metrics.finished_s is not None:
+            ttft.append(1e3 * (metrics.first_token_s - metrics.arrival_s))
+            decode_s += metrics.finished_s - metrics.first_token_s
+            num_decoded += len(output.token_ids) - 1
+        decode.extend(_delivery_intervals_ms(delivered))
     return {
         **distribution("decode_ms", decode),
-        **({"decode_tok_s": 1e3 * len(decode) / sum(decode)} if decode else {}),
+        **({"decode_tok_s": num_decoded / decode_s} if num_decoded else {}),
         **distribution("ttft_ms", ttft),
         "request_s": sorted(totals)[len(totals) // 2],
         "output_tok_s": num_output / sum(totals),
@@ -142,8 +147,24 @@ def _differences(prefix: str, before: Any, after: Any) -> dict[str, float]:
     return found
 
 
+def _delivery_intervals_ms(delivered: Sequence[tuple[float, int]]) -> list[float]:
+    """Milliseconds from each token to the next; `delivered` holds (seconds, tokens), and tokens that came together share theirs."""
+    intervals, last = [], None
+    for now, count in delivered:
+        if not count:
+            continue
+        if last is not None:
+            intervals += [1e3 * (now - last) / count] * count
+        last = now
+    return intervals
+
+
 def _intervals_ms(steps: Sequence[Step], end: float) -> tuple[list[Step], list[float]]:
-    """Steps that sampled, and the milliseconds until each one's tokens were there since the step before it had ended."""
+    """Steps that sampled, and the milliseconds from one's launch to the next one's.
+
+    In turns that is until its tokens were there. Asynchronously the tokens come a step later: a step has the interval of the
+    one before it, which is launched when that one's tokens are there.
+    """
     ends = [step.start_s for step in steps[1:]] + [end]
     kept, intervals, last = [], [], steps[0].start_s if steps else end
     for step, step_end in zip(steps, ends):

@@ -4,14 +4,16 @@ import json
 import math
 import subprocess
 import sys
+import time
 
 import pytest
 from camshaft.runtime import LLM
 from camshaft.runtime.bench.document import compare_documents, make_document, read_document, result_entry, unlike
-from camshaft.runtime.bench.measure import repeat_runs, run_latency, run_throughput
+from camshaft.runtime.bench.measure import _delivery_intervals_ms, repeat_runs, run_latency, run_throughput
 from camshaft.runtime.bench.recording import RecordingEngine
 from camshaft.runtime.bench.statistics import distribution, percentile, summarize
 from camshaft.runtime.bench.workload import BenchRequest, Workload, make_requests, parse_range
+from camshaft.runtime.packing import HostCopy
 
 from .fake_engine import FakeEngine
 
@@ -95,6 +97,41 @@ def test_latency_runs_one_request_at_a_time():
         metrics = run_latency(llm, engine, make_requests(SMALL, 0, vocab_size=101))
     assert metrics["output_tokens"] == sum(n for _, n in SMALL.lengths())
     assert 0 < metrics["decode_ms_p50"] <= metrics["decode_ms_p99"] and metrics["request_s"] > 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_decode_times_leave_the_prompt_out(asynchronous, monkeypatch):
+    """A device on which a prompt takes 200 ms and a decode step 4 ms, with the host ahead of it or not."""
+    busy_until = 0.0
+
+    class Device(FakeEngine):
+        def step(self, batch):
+            nonlocal busy_until
+            cost = 0.2 if batch.max_query_len > 1 else 0.004
+            busy_until = max(busy_until, time.perf_counter()) + cost
+            return super().step(batch)
+
+    class Copy(HostCopy):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.ready = busy_until
+
+        def wait(self):
+            time.sleep(max(0.0, self.ready - time.perf_counter()))
+            return super().wait()
+
+    monkeypatch.setattr("camshaft.runtime.runner.HostCopy", Copy)
+    engine = RecordingEngine(Device(max_seq_len=64))
+    with LLM(engine, async_scheduling=asynchronous) as llm:
+        metrics = run_latency(llm, engine, [BenchRequest(list(range(1 + i, 31 + i)), 11) for i in (0, 40)])
+    assert metrics["ttft_ms_p50"] > 190 and metrics["request_s"] > 0.23
+    assert 3 < metrics["decode_ms_p50"] < 40 and metrics["decode_ms_mean"] < 50
+    assert 1e3 / 50 < metrics["decode_tok_s"] < 260
+
+
+def test_delivery_intervals():
+    assert _delivery_intervals_ms([]) == _delivery_intervals_ms([(1.0, 1)]) == []
+    assert _delivery_intervals_ms([(1.0, 1), (1.5, 1), (1.7, 0), (2.5, 2)]) == [500, 500, 500]
 
 
 def test_warm_up_runs_do_not_count():

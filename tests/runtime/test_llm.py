@@ -311,6 +311,47 @@ def test_nan_logits_fail_only_their_request(make):
     assert info.value.outputs[2].token_ids == expected_tokens([1, 3], 3, 101)
 
 
+def test_nan_logits_of_a_prompt_fail_only_their_request(make):
+    """Their log-probabilities would be NaN; the row that samples is not concerned."""
+
+    class Broken(FakeEngine):
+        def step(self, batch):
+            logits = super().step(batch)
+            logits[torch.isin(batch.token_ids[batch.sample_rows], torch.tensor([77])), 5] = float("nan")
+            logits[torch.isin(batch.token_ids[batch.sample_rows], torch.tensor([78])), 5] = float("inf")
+            return logits
+
+    llm = make(Broken(max_batch_tokens=8))
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=1)
+    prompts = [[1, 2, 3], [*range(12), 77, 3], [1, 78, 3], [1, 5, 3]]
+    with pytest.raises(GenerationError, match=r"2 of 4 .*prompts\[1\].*no log-probabilities after position 12") as info:
+        llm.generate(prompts, params)
+    assert [o is None for o in info.value.outputs] == [False, True, True, False]
+    for prompt, output in zip(prompts, info.value.outputs):
+        if output is not None:
+            assert output.token_ids == expected_tokens(prompt, 3, 101) and len(output.prompt_logprobs) == 3
+
+
+def test_an_error_of_on_output_ends_only_its_own_request(make):
+    llm = make()
+    seen, calls = [], []
+
+    def broken(output):
+        calls.append(output)
+        raise KeyError("in the user's code")
+
+    long = SamplingParams(temperature=0, max_tokens=100)
+    bad = llm.generate_async([1, 2], long, on_output=broken)
+    at_the_end = llm.generate_async([4, 2], SamplingParams(max_tokens=1), on_output=broken)
+    good = llm.generate_async([1, 3], GREEDY, on_output=lambda output: seen.extend(output.token_ids))
+    for handle in (bad, at_the_end):
+        with pytest.raises(KeyError, match="in the user's code"):
+            handle.result(10)
+    assert good.result(10).token_ids == seen == expected_tokens([1, 3], 10, 101)
+    assert llm.generate([5, 6], GREEDY)[0].token_ids == expected_tokens([5, 6], 10, 101)
+    assert len(calls) == 2 and llm.stats().num_unfinished == 0
+
+
 def test_preemption_and_long_queues_change_nothing(make):
     llm = make(kv_cache_bytes=16 * 4 * 30, policy="max_utilization", max_sequences=8)
     prompts = [[i, 2, 3, 4, i] * 2 for i in range(30)]

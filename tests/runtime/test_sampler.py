@@ -5,17 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from camshaft.runtime.distribution import greedy_tokens, token_logprobs
 from camshaft.runtime.logits import SamplingState
-from camshaft.runtime.sampler import (
-    PREFIX,
-    Sampler,
-    TokenLogprobs,
-    counter_uniform,
-    derive_seed,
-    greedy_tokens,
-    invert_cumulative,
-    token_logprobs,
-)
+from camshaft.runtime.sampler import PREFIX, Sampler, TokenLogprobs, counter_uniform, derive_seed
 from camshaft.runtime.sampling_params import SamplingParams
 
 
@@ -75,21 +67,6 @@ def test_distribution_matches_the_reference(vocab_size, monkeypatch):
         assert (counts[expected == 0] == 0).all(), p
 
 
-def test_inversion_is_exact_at_the_edges():
-    probs = torch.zeros(3, 700)
-    probs[0, 699] = 1.0
-    probs[1, [0, 300]] = 0.5
-    probs[2, [5, 6]] = torch.tensor([1e-30, 1.0])
-    biggest = 1 - 2.0**-40
-    low = invert_cumulative(probs, torch.zeros(3, dtype=torch.float64))
-    high = invert_cumulative(probs, torch.full((3,), biggest, dtype=torch.float64))
-    assert low.tolist() == [699, 0, 5] and high.tolist() == [699, 300, 6]
-    half = invert_cumulative(probs, torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64))
-    assert half.tolist() == [699, 300, 6]
-    bad = torch.stack([torch.full((700,), math.nan), torch.zeros(700)])
-    assert invert_cumulative(bad, torch.zeros(2, dtype=torch.float64)).tolist() == [-1, -1]
-
-
 def test_results_do_not_depend_on_the_batch():
     torch.manual_seed(1)
     logits = torch.randn(32, 3000)
@@ -130,6 +107,14 @@ def test_top_p_beyond_the_prefix_sorts_only_when_it_must():
         expected = reference_support(logits[n], rows[n].params, [], [])
         assert all(expected[token] > 0 for token in seen[n])
     assert max(flat.argsort(descending=True).argsort()[list(seen[0])]) > PREFIX and len(seen[1]) < 200
+
+
+def test_which_rows_make_the_host_wait():
+    large, small = Sampler(2 * PREFIX, "cpu"), Sampler(PREFIX, "cpu")
+    waiting = [dict(top_p=0.9), dict(top_p=0.9, top_k=2 * PREFIX), dict(top_p=0.5, min_p=0.1)]
+    others = [dict(), dict(top_k=5), dict(top_p=0.9, top_k=5), dict(top_p=0.9, temperature=0), dict(min_p=0.1)]
+    assert all(large.reads_device(state(**p)) and not small.reads_device(state(**p)) for p in waiting)
+    assert not any(large.reads_device(state(**p)) for p in others)
 
 
 def test_greedy_fast_path_and_mixed_rows():
