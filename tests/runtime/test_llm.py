@@ -11,6 +11,7 @@ import pytest
 import torch
 from camshaft.runtime import LLM, GenerationError, SamplingParams
 from camshaft.runtime.llm import _tokenizer_of
+from camshaft.runtime.packing import HostCopy
 from camshaft.runtime.trace import replay_file
 
 from .fake_engine import FakeEngine, expected_tokens
@@ -388,6 +389,39 @@ def test_what_follows_its_own_tokens_is_sampled_late_and_the_same(make):
     if llm._core.asynchronous:
         assert times.steps > times.ahead >= times.late > 0
         assert times.host_s > 0 and times.wait_s >= 0
+
+
+def test_top_p_without_top_k_is_sampled_late_and_the_same(make):
+    """Its sampling waits for the device, which may not hold up the tokens of the step before; with top_k nothing waits."""
+    alone = SamplingParams(temperature=1.3, seed=3, max_tokens=12, top_p=0.9)
+    limited = SamplingParams(temperature=1.3, seed=3, max_tokens=12, top_p=0.9, top_k=30)
+    prompts = [[i, 2, 3] for i in range(5)]
+    for params in (limited, alone):
+        llm, in_turns = make(vocab_size=2500), make(vocab_size=2500, async_scheduling=False)
+        outputs, expected = (one.generate(prompts, params, progress=False) for one in (llm, in_turns))
+        assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
+        times = llm.stats().times
+        assert times.late == (times.ahead if params is alone else 0)
+
+
+def test_the_host_is_never_more_than_a_step_ahead(make, monkeypatch):
+    """Of prompt pieces too, which bring no tokens: each step is waited for when the next one is in the queue."""
+    waiting, depths = set(), []
+
+    class Copy(HostCopy):
+        def __init__(self, *args):
+            super().__init__(*args)
+            waiting.add(self)
+
+        def wait(self):
+            waiting.remove(self)
+            return super().wait()
+
+    monkeypatch.setattr("camshaft.runtime.runner.HostCopy", Copy)
+    llm = make(max_batch_tokens=8, on_step=lambda batch: depths.append((len(waiting), batch.sample_rows.shape[0])))
+    llm.generate([list(range(60))], GREEDY, progress=False)
+    assert max(depth for depth, _ in depths) == llm._core.asynchronous and sum(rows == 0 for _, rows in depths) == 7
+    assert not waiting
 
 
 def test_random_rows_draw_the_same_in_both_orders(make):
