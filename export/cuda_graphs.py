@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .buckets import MIXED_GRAPHS, StepShape, bucket_of, decode_sizes, mixed_sizes, row_sizes
 from .executor import StepContext
-from .kernels.errors import kernel_errors, reason_of
+from .kernels.errors import and_kernel_errors, reason_of
 
 if TYPE_CHECKING:
     from .execution import StepSizes
@@ -167,7 +167,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             self._record(shape, graph)
-        except (RuntimeError, *kernel_errors()) as error:  # of CUDA, or of a kernel that reads back or does not compile
+        except and_kernel_errors(RuntimeError) as error:  # of CUDA, or of a kernel that reads back or does not compile
             torch.cuda.set_stream(current)  # a capture that cannot be ended leaves its own
             self.failures[shape] = reason_of(error)
             logger.warning("%s is launched piece by piece, it cannot be captured: %s", shape, self.failures[shape])

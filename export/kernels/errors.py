@@ -19,6 +19,11 @@ def kernel_errors() -> tuple[type[Exception], ...]:
     return (TritonError,)
 
 
+def and_kernel_errors(*errors: type[Exception]) -> tuple[type[Exception], ...]:
+    """For an except clause: these and Triton's."""
+    return (*errors, *kernel_errors())
+
+
 def reason_of(error: Exception) -> str:
     """The first line of an error's message; of the compiler's errors, which begin with a place in the source, the last one too."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -47,6 +47,8 @@ _WIDEST_ROW = 32768
 """Values: `row_quantize.MAX_WIDTH`. A gate's input has twice as many."""
 _ATEN_LINEAR = torch.ops.aten.linear.default
 _SCALED = torch.ops.camshaft.scaled_linear.default
+_aten = torch.ops.aten
+_PRODUCTS = (_aten.matmul.default, _aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default)
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -159,13 +161,16 @@ implement("invariant_scaled_linear", _invariant_scaled_linear, "CUDA")
 def inline_around(inline: Inline, *, batch_invariant: bool) -> Inline:
     """`inline` for a CUDA segment whose linear layers stay whole.
 
-    batch_invariant: they are the invariant ones, and other products with a weight are refused. The function that is returned, or
-    what it names, raises ValueError for a layer that has no invariant kernel.
+    batch_invariant: they are the invariant ones, outer products (rotary angles) are plain multiplications, and other products are
+    refused: the library picks their kernels by the number of rows. The function that is returned, or what it names, raises
+    ValueError for a layer that has no invariant kernel.
     """
 
     def chosen(target: Any) -> Callable[..., Any] | None:
         if target is _ATEN_LINEAR:
             return _whole_invariant if batch_invariant else _whole
+        if batch_invariant and target in _PRODUCTS:
+            return functools.partial(_outer, target)
         if target is _SCALED:
             return torch.ops.camshaft.invariant_scaled_linear.default if batch_invariant else None
         definition = inline(target)
@@ -190,6 +195,19 @@ def _whole(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.dtype in (torch.float16, torch.bfloat16) and weight.dim() == 2:
         return torch.ops.camshaft.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _outer(target: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """x [.., M, 1] @ y [.., 1, N] as x * y: exact, whatever M, N and the library's precision of fp32 products."""
+    shapes = [list(value.shape) for value in args if isinstance(value, Tensor)]
+    x, y = args[:2]
+    if len(args) != 2 or kwargs or x.dim() < 2 or y.dim() < 2 or x.shape[-1] != 1:
+        raise ValueError(
+            f"batch_invariant: no kernel for {target} of {' and '.join(map(str, shapes))}, allowed: linear layers, attention and "
+            "outer products; build without batch_invariant"
+        )
+    product: Tensor = x * y
+    return product
 
 
 def _whole_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

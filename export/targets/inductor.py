@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from ...graph import ops
 from ..kernels import gemm_ops
-from ..kernels.errors import kernel_errors, reason_of
+from ..kernels.errors import and_kernel_errors, reason_of
 from ..segment import Segment
 from ..trace import export_segment
 from . import one_row
@@ -171,12 +171,7 @@ class InductorTarget:
                 return _lower_source(segment, request)
             exported = export_segment(segment, request.device, request.max_tokens, ops.inline)
             aoti_compile_and_package(exported, package_path=buffer)
-        except (
-            RuntimeError,
-            torch._inductor.exc.InductorError,
-            torch._dynamo.exc.UserError,
-            *kernel_errors(),
-        ) as error:
+        except and_kernel_errors(RuntimeError, torch._inductor.exc.InductorError, torch._dynamo.exc.UserError) as error:
             raise LoweringError(f"Inductor could not compile segment {segment.id}: {reason_of(error)}") from error
         return Built(buffer.getvalue())
 
@@ -189,7 +184,7 @@ class InductorTarget:
                 return _open_source(segment, engine, device)
             # single-threaded: otherwise a call waits on the host until the previous one has left the device
             return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
-        except (RuntimeError, OSError, ValueError, *kernel_errors()) as error:
+        except and_kernel_errors(RuntimeError, OSError, ValueError) as error:
             raise LoweringError(
                 f"{engine.name} cannot be opened ({reason_of(error)}); build the engine again here"
             ) from error

@@ -11,6 +11,7 @@ from camshaft.export import cuda_graphs
 from camshaft.export.buckets import StepShape
 from camshaft.export.cuda_graphs import CaptureLimits, StepGraphs
 from camshaft.export.engine import Engine
+from camshaft.export.kernels import errors
 from families import random_model, tiny_config
 
 import camshaft
@@ -135,7 +136,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setattr(cuda_graphs, "kernel_errors", lambda: (KernelError,))
+    monkeypatch.setattr(errors, "kernel_errors", lambda: (KernelError,))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (calls.append("mem_get_info"), 0)[1:])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current stream")

@@ -102,7 +102,6 @@ def test_a_kernel_that_does_not_compile_is_a_lowering_error(monkeypatch: pytest.
     def fail(*args: object) -> None:
         raise KernelError
 
-    monkeypatch.setattr(inductor, "kernel_errors", lambda: (KernelError,))
     monkeypatch.setattr(errors, "kernel_errors", lambda: (KernelError,))
     monkeypatch.setattr(inductor, "_open_source", fail)
     with pytest.raises(LoweringError, match=r"\(at 3:8: out of resource: shared memory\); build the engine again"):

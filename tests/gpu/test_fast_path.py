@@ -11,6 +11,7 @@ import pytest
 import torch
 from camshaft.models import demo
 from families import random_model, tiny_config
+from row_traces import batch_of, bind_caches, chunked, first_difference, interleaved, trace_steps
 from transformers import AutoModelForCausalLM
 
 import camshaft
@@ -75,6 +76,39 @@ def test_bfloat16_tokens_are_eagers_but_for_ties() -> None:
     assert equal >= len(outputs) // 2
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_rows_of_a_step_do_not_depend_on_each_other(quantize: str | None, kv_cache_dtype: str) -> None:
+    """Every operation's result for each token, to the last bit: a sequence alone, among others in other chunks, and captured.
+
+    It names the first operation that gives a row something else.
+    """
+    engine = camshaft.compile(
+        "demo", target="inductor", quantize=quantize, kv_cache_dtype=kv_cache_dtype, batch_invariant=True, max_seq_len=256,
+        max_batch_tokens=512, max_sequences=16, cache=False,
+    )  # fmt: skip
+    lengths = [3, 70, 20, 1, 9, 130, 5, 64, 17, 2, 41, 8, 33, 24, 200, 65]
+    prompts = [[(7 * i + 3 * j) % 4000 + 4 for j in range(n)] for i, n in enumerate(lengths)]
+    bind_caches(engine, len(prompts))
+    alone = [
+        trace_steps(engine, prompts, [[(i, *chunk)] for chunk in chunked(n, 24)])[i] for i, n in enumerate(lengths)
+    ]
+    logits = next(reversed(alone[0]))
+    for size in (24, 17, 7):
+        bind_caches(engine, len(prompts))
+        together = trace_steps(engine, prompts, interleaved(lengths, size))
+        found = {i: first_difference(trace, together[i]) for i, trace in enumerate(alone)}
+        assert not any(found.values()), f"chunks of {size}: {found}"
+    engine.capture()  # decode steps again: they write what is there already
+    for count in (1, 2, 3, 5, 16):
+        batch = batch_of(engine, prompts, [(i, n - 1, n) for i, n in enumerate(lengths[:count])])
+        for kind in ("replayed", "captured when it was needed often"):
+            for _ in range(12):
+                rows = engine.step(batch).cpu()
+            for i, row in enumerate(rows):
+                assert torch.equal(row, alone[i][logits][-1][-1]), f"decode step of {count}, {kind}, sequence {i}"
+
+
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 def test_batch_invariance(quantize: str | None) -> None:
     """A request's tokens and log-probabilities, alone and in a full batch with chunked prompts, to the last bit; twice."""
@@ -90,9 +124,13 @@ def test_batch_invariance(quantize: str | None) -> None:
     long = [text + " " + " ".join(TEXTS) for text in TEXTS]
     with LLM(engine, kv_cache_bytes=1 << 28, enable_prefix_cache=False, max_chunk_tokens=24) as llm:
         alone = [results(llm, [text])[0] for text in (*TEXTS, *long)]
-        together = results(llm, [*TEXTS, *long] * 2)
-        assert together == alone * 2
-        assert results(llm, [*TEXTS, *long] * 2) == together
+        for attempt in range(2):
+            together = results(llm, [*TEXTS, *long] * 2)
+            for i, ((tokens, logprob), (wanted, wanted_logprob)) in enumerate(zip(together, alone * 2, strict=True)):
+                at = next((at for at, pair in enumerate(zip(tokens, wanted)) if pair[0] != pair[1]), None)
+                assert at is None, f"attempt {attempt}, request {i}: token {at} differs: {tokens} {wanted}"
+                # the tokens are equal: what is left is the sampler's sum
+                assert logprob == wanted_logprob, f"attempt {attempt}, request {i}: {logprob} {wanted_logprob}"
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])

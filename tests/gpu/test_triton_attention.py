@@ -242,3 +242,16 @@ def test_captured_in_a_cuda_graph(lengths: list[tuple[int, int]]) -> None:
 def test_dispatch_picks_triton_on_cuda() -> None:
     check(make_case(MIXED, device=DEVICE), torch.float32, kernel=dispatch.paged_attention)
     assert dispatch.describe()["cuda"]["available"]
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter's cast to fp8 loses NaN")
+@pytest.mark.parametrize("lengths", [[(1, 20)], [(3, 20)]], ids=["decode", "write"])
+def test_a_nan_stays_one_in_an_fp8_cache(lengths: list[tuple[int, int]]) -> None:
+    case = make_case(lengths, dtype=HALF, device=DEVICE, cache_dtype=torch.float8_e4m3fn)
+    tensors = case.tensors
+    tensors["k"][0, 0, 3], tensors["v"][0, 1, 2], tensors["k"][0, 1, 5] = float("nan"), float("nan"), 1000.0
+    case.call(triton.paged_attention)
+    block, offset = divmod(int(tensors["slot_mapping"][0]), tensors["k_cache"].shape[1])
+    key, value = (tensors[name][block, offset].float().cpu() for name in ("k_cache", "v_cache"))
+    assert key.isnan().nonzero().tolist() == [[0, 3]] and value.isnan().nonzero().tolist() == [[1, 2]]
+    assert float(key[1, 5]) == 448.0

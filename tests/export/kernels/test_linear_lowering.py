@@ -129,6 +129,22 @@ def test_other_weights_stay_with_aten_or_are_refused() -> None:
             assert torch.equal(linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+def test_products_without_an_invariant_kernel_are_refused() -> None:
+    matmul = torch.ops.aten.matmul.default
+    assert gemm_ops.inline_around(ops.inline, batch_invariant=False)(matmul) is None
+    product = gemm_ops.inline_around(ops.inline, batch_invariant=True)(matmul)
+    assert product is not None
+    frequencies, positions = torch.randn(1, 16, 1), torch.arange(40.0).view(1, 1, 40)
+    assert torch.equal(product(frequencies, positions), frequencies @ positions)
+    with pytest.raises(
+        ValueError, match=r"no kernel for aten\.matmul\.default of \[1, 4, 2\] and \[2, 3\], allowed: .* outer products"
+    ):
+        product(torch.randn(1, 4, 2), torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"aten\.addmm\.default"):
+        addmm = gemm_ops.inline_around(ops.inline, batch_invariant=True)(torch.ops.aten.addmm.default)
+        addmm(torch.randn(3), torch.randn(4, 1), torch.randn(1, 3))  # type: ignore[misc]
+
+
 def test_requests_say_whether_batches_matter(layer: Segment) -> None:
     (_, request), *_ = _jobs(layer, get_target("inductor"), CONFIG)
     assert request.batch_invariant
