@@ -135,8 +135,12 @@ def test_batch_invariance(quantize: str | None) -> None:
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_fp8_agrees_with_the_definitions(kv_cache_dtype: str) -> None:
-    """Log-probabilities of given tokens with fp8 kernels, against the same program run operator by operator in PyTorch."""
-    texts = [text + " " + " ".join(TEXTS) for text in TEXTS]
+    """Mean log-probability of text with fp8 kernels, against the same program run operator by operator in PyTorch.
+
+    Single tokens differ: a value near the border of two fp8 numbers falls to either side.
+    """
+    heldout = demo.heldout_path().read_text()
+    texts = [heldout[start : start + 1000] for start in range(0, 32_000, 1000)]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     sums = []
     for target in ("eager", "inductor"):
