@@ -7,6 +7,7 @@ Without one, Triton's interpreter runs the same cases on the CPU: `TRITON_INTERP
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -114,6 +115,47 @@ def test_who_joins_the_splits(join: Any, options: dict[str, Any]) -> None:
         state.begin_step()
         check(case, torch.float32, lambda **arguments: triton.paged_attention(**arguments, state=state, decode=config))
     assert state._counters is None or not state._counters.any()
+
+
+TRANSPOSED = DecodeConfig(block_n=32, num_warps=1, num_stages=3, transposed=True, min_span=64, programs_per_processor=2)
+TRANSPOSED_OPTIONS: list[dict[str, Any]] = [
+    *({"dim": dim} for dim in (64, 80, 128, 256)),
+    {"dim": 192, "value_dim": 128},
+    {"dim": 10, "value_dim": 33},
+    {"window": 50},
+    {"sinks": True, "window": 20, "alibi": True, "softcap": 3.0},
+    {"softcap": 2.0, "score_scale": 4.0},
+    {"heads": 14},
+    {"heads": 8, "kv_heads": 8},
+    {"heads": 71, "kv_heads": 1},
+    {"block_size": 64, "window": 70},
+    {"block_size": 8},
+    {"head_major": True, "padding": 2},
+    {"fused_qkv": True, "padding": 3, "value_dim": 24},
+]
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["half", "fp8"])
+@pytest.mark.parametrize("options", TRANSPOSED_OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_transposed_decode(options: dict[str, Any], cache_dtype: torch.dtype | None) -> None:
+    """Decode with keys as rows: sequences with one row, split or not, alone and in a mixed step."""
+    state, scale = AttentionState(), options.get("score_scale", 1.0)
+    for lengths in ([(1, 1), (1, 32), (0, 0), (1, 33), (1, 230)], [(1, 49), (2, 20)]):
+        case = make_case(lengths, dtype=HALF, cache_dtype=cache_dtype, device=DEVICE, **options)
+        state.begin_step()
+        check(
+            case, HALF, lambda **given: triton.paged_attention(**given, state=state, decode=TRANSPOSED), scale
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("block_n,num_warps,block_size", [(16, 1, 16), (64, 2, 16), (32, 4, 128)])
+def test_transposed_decode_of_other_blocks(block_n: int, num_warps: int, block_size: int, dtype: torch.dtype) -> None:
+    """Steps of one KV block, of four, and smaller than a block; several warps; float32."""
+    config = dataclasses.replace(TRANSPOSED, block_n=block_n, num_warps=num_warps)
+    for cache_dtype in (dtype, torch.float8_e4m3fn):
+        case = make_case(DECODE, dim=64, dtype=dtype, cache_dtype=cache_dtype, block_size=block_size, device=DEVICE)
+        check(case, dtype, lambda **arguments: triton.paged_attention(**arguments, decode=config))
 
 
 def test_layers_share_the_tiles_of_a_step() -> None:

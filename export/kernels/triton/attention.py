@@ -89,6 +89,13 @@ class _Call:
         """Of the cache and of the queries."""
         return self.k_cache.element_size(), self.q.element_size()
 
+    @property
+    def values_in_pairs(self) -> bool:
+        """Whether a transposed decode kernel can read an fp8 cache's values by 16-bit numbers."""
+        cache = self.v_cache
+        places = (cache.shape[3], *cache.stride()[:3], cache.storage_offset())
+        return cache.dtype == _FP8 and self.q.dtype != torch.float32 and not any(n % 2 for n in places)
+
     def q_scale(self) -> float:
         """What queries are multiplied by before they are rounded to `compute`."""
         return _FP8_Q_SCALE if self.k_cache.dtype == _FP8 and self.q.dtype == torch.bfloat16 else 1.0
@@ -238,9 +245,9 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         "SPLITS": splits, "MIN_SPAN": min_span, "BLOCK_G": _power_of_two(group), "PDL": config.pdl, **launch
     }  # fmt: skip
     positions = max(num_seqs, call.q.shape[0]) if write else num_seqs
-    block_m = max(16, _power_of_two(group))
+    block_m = max(8 if config.transposed else 16, _power_of_two(group))
     num_warps = (
-        config.num_warps if block_m == 16 else max(config.num_warps, min(8, block_m // 8))
+        config.num_warps if block_m <= 16 else max(config.num_warps, min(8, block_m // 8))
     )  # room for more heads
     decode_kernel[(kv * splits * positions,)](
         call.q, call.k, call.v, *call.angles, call.k_cache, call.v_cache, call.out, part_acc, part_top, part_total, arrived,
@@ -249,7 +256,9 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         *call.angle_strides, *call.k_cache.stride()[:3], *call.v_cache.stride()[:3], call.block_tables.stride(0),
         call.scale / call.q_scale(), call.softcap, **call.options(), **call.rotation(), BLOCK_M=block_m,
         BLOCK_N=config.block_n, WRITE=write, JOIN=last, NUM_STAGES=config.num_stages, num_warps=num_warps,
-        **split_options, **registers,
+        TRANSPOSED=config.transposed, PAIRS=config.transposed and call.values_in_pairs,
+        KC_BLOCK=call.k_cache.stride(0) if config.transposed else 0,
+        VC_BLOCK=call.v_cache.stride(0) if config.transposed else 0, **split_options, **registers,
     )  # fmt: skip
     if splits > 1 and not last:
         join_kernel[(kv, num_seqs)](

@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .rotate import load_turned
 from .softmax import LOG2E, attend_keys, exponent_scale, saturate, shape_scores
+from .transposed import attend_keys_transposed
 
 
 @triton.jit(do_not_specialize=["num_seqs", "num_tokens", "table_row"])
@@ -28,10 +29,12 @@ def decode_kernel(
     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
     WRITE: tl.constexpr, SPLITS: tl.constexpr, MIN_SPAN: tl.constexpr, JOIN: tl.constexpr, BLOCK_G: tl.constexpr,
-    NUM_STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    NUM_STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr,
+    KC_BLOCK: tl.constexpr, VC_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # WRITE: all sequences have one row at most; the new keys and values are stored here, and padding rows zeroed.
     # ROTATED: q and k are turned as they are loaded, by the angles cos, sin [T, ROTATED] of their row.
+    # TRANSPOSED, PAIRS, KC_BLOCK (= kc_block), VC_BLOCK: the other way to attend to keys, see transposed.py.
     # JOIN: the program of a (sequence, kv head) that ends last adds the splits up; `arrived` [S, KV] is 0 before and after.
     if PDL:
         gdc_wait()
@@ -73,7 +76,8 @@ def decode_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     slope = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)  # of the new token's value
+    value = tl.zeros([BLOCK_DV], v_cache.dtype.element_ty)
     if SINKS:  # one more logit, counted once: by the first split
         top = tl.where(split == 0, tl.load(sinks + head, mask=keep, other=0.0) * LOG2E, top)
         total = tl.where(split == 0, 1.0, total)
@@ -98,19 +102,30 @@ def decode_kernel(
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight = tl.exp2(exponent - base)
         total = total * tl.exp2(top - base) + weight
-        acc = weight[:, None] * value.to(COMPUTE).to(tl.float32)[None, :]
         top = new_top
         stop = tl.where(fresh, length - 1, stop)
-    totals = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, total[:, None], 0.0)
-    acc, top, totals = attend_keys(
-        q=queries, acc=acc, top=top, total=totals, row_position=tl.zeros([BLOCK_M], tl.int32) + (length - 1),
-        slope=slope, first_key=first, key_start=start, key_end=stop, table=block_tables + seq.to(tl.int64) * table_row,
-        k_cache=k_cache + kv * kc_head, v_cache=v_cache + kv * vc_head, kc_block=kc_block, kc_offset=kc_offset,
-        vc_block=vc_block, vc_offset=vc_offset, scale=scale, softcap=softcap, MASKED=True, WINDOW=WINDOW,
-        SOFTCAP=SOFTCAP, ALIBI=ALIBI, BLOCK_SIZE=BLOCK_SIZE, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
-        BLOCK_N=BLOCK_N, SAME_STRIDES=SAME_STRIDES, NUM_STAGES=NUM_STAGES, ASM=ASM,
-    )  # fmt: skip
-    total = tl.sum(totals, 1)
+    table = block_tables + seq.to(tl.int64) * table_row
+    if TRANSPOSED:
+        acc, top, total = attend_keys_transposed(
+            q=queries, weight=weight, value=value.to(COMPUTE), top=top, total=total, length=length, slope=slope,
+            first_key=first, key_start=start, key_end=stop, table=table, k_cache=k_cache + kv * kc_head,
+            v_cache=v_cache + kv * vc_head, kc_offset=kc_offset, vc_offset=vc_offset, scale=scale, softcap=softcap,
+            KC_BLOCK=KC_BLOCK, VC_BLOCK=VC_BLOCK, WINDOW=WINDOW, SOFTCAP=SOFTCAP, ALIBI=ALIBI, BLOCK_SIZE=BLOCK_SIZE,
+            D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            SAME_STRIDES=SAME_STRIDES, PAIRS=PAIRS, NUM_STAGES=NUM_STAGES, ASM=ASM,
+        )  # fmt: skip
+    else:
+        acc = weight[:, None] * value.to(COMPUTE).to(tl.float32)[None, :]
+        totals = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, total[:, None], 0.0)
+        acc, top, totals = attend_keys(
+            q=queries, acc=acc, top=top, total=totals, row_position=tl.zeros([BLOCK_M], tl.int32) + (length - 1),
+            slope=slope, first_key=first, key_start=start, key_end=stop, table=table,
+            k_cache=k_cache + kv * kc_head, v_cache=v_cache + kv * vc_head, kc_block=kc_block, kc_offset=kc_offset,
+            vc_block=vc_block, vc_offset=vc_offset, scale=scale, softcap=softcap, MASKED=True, WINDOW=WINDOW,
+            SOFTCAP=SOFTCAP, ALIBI=ALIBI, BLOCK_SIZE=BLOCK_SIZE, D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
+            BLOCK_N=BLOCK_N, SAME_STRIDES=SAME_STRIDES, NUM_STAGES=NUM_STAGES, ASM=ASM,
+        )  # fmt: skip
+        total = tl.sum(totals, 1)
     num_active = tl.cdiv(length - begin, span)
     to = out + row * (H * DV) + head[:, None] * DV + offs_dv[None, :]
     if SPLITS == 1 or num_active == 1:
