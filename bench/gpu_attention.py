@@ -18,8 +18,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,10 @@ import attention_rope
 import torch
 import triton as triton_package
 from attention_steps import BLOCK, CACHES, DEVICE, DIM, HEADS, KV, LAYOUTS, READ_BYTES_PER_S, Step, graph_us
+from attention_sweep import compile_all, sweep
 from camshaft.export.kernels import reference
 from camshaft.export.kernels.triton import paged_attention
-from camshaft.export.kernels.triton.configs import DecodeConfig, PrefillConfig, decode_config
+from camshaft.export.kernels.triton.configs import DecodeConfig, decode_config
 
 
 # ------------------------------------------------------------------------------------------------------------ numerics
@@ -45,7 +45,8 @@ def numerics() -> list[dict[str, Any]]:
         before = tuple(tensor.clone() for tensor in step.caches[0])
         expected = step.call(kernel=_reference)
         step_caches, step.caches = step.caches, [before]
-        for more in ({}, {"batch_invariant": True}, {"decode": _joined_by_kernel(cache)}):
+        variants = ({}, {"batch_invariant": True}, {"decode": _joined_by_kernel(cache)}, {"decode": _transposed(cache)})
+        for more in variants:
             difference = (step.call(**more).float() - expected.float()).abs()
             excess = (difference - 1.6e-2 * expected.float().abs()).max().item()
             # bfloat16 rounds the softmax's weights and the result
@@ -73,6 +74,10 @@ def _reference(
 
 def _joined_by_kernel(cache: str) -> DecodeConfig:
     return dataclasses.replace(decode_config(DIM, CACHES[cache].itemsize, 2), join="kernel")
+
+
+def _transposed(cache: str) -> DecodeConfig:
+    return dataclasses.replace(decode_config(DIM, CACHES[cache].itemsize, 2), transposed=True)
 
 
 def _invariance() -> dict[str, Any]:
@@ -255,63 +260,6 @@ def _flashinfer(step: Step) -> dict[str, Any]:
     us = graph_us(lambda: [wrapper.run(step.q, pair) for pair in step.caches]) / step.layers
     rate = step.bytes_read / us * 1e6
     return {"us": round(us, 2), "GB/s": round(rate / 1e9), "share": round(rate / READ_BYTES_PER_S, 3)}
-
-
-# --------------------------------------------------------------------------------------------------------------- sweep
-DECODE_TILES = [  # keys a step, warps, most registers
-    (16, 1, None), (32, 1, None), (32, 1, 128), (64, 1, None), (32, 2, None), (64, 2, None), (64, 4, 128),
-]  # fmt: skip
-PREFILL_TILES = [(256, 64, 8), (256, 32, 8), (128, 128, 8), (128, 64, 8), (64, 64, 4)]
-
-
-def compile_all(jobs: Iterable[Callable[[], object]], threads: int) -> None:
-    """Runs every job once, so that its kernel is compiled; jobs that do not compile say so when they are timed."""
-
-    def attempt(job: Callable[[], object]) -> None:
-        try:
-            job()
-        except (RuntimeError, triton_package.TritonError) as error:
-            print("does not compile:", str(error).splitlines()[0], flush=True)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(attempt, jobs))
-    torch.cuda.synchronize()
-
-
-def sweep(kind: str, threads: int) -> list[dict[str, Any]]:
-    """Times tile sizes: decode of 1,024 x 600, 8 x 1500 and 1 x 256 tokens, or prefill of 4 x 2048 tokens; the fastest first."""
-    rows = []
-    for cache in CACHES:
-        configs: list[Any]
-        if kind == "decode":
-            steps = {
-                "1024 x 600": Step([(1, 600)] * 1024, cache),
-                "8 x 1500": Step([(1, 1500)] * 8, cache),
-                "1 x 256": Step([(1, 256)], cache),
-            }
-            base = decode_config(DIM, CACHES[cache].itemsize, 2)
-            configs = [
-                dataclasses.replace(base, block_n=n, num_warps=w, num_stages=s, max_registers=r)
-                for (n, w, r), s in itertools.product(DECODE_TILES, (5, 7))
-            ]
-        else:
-            steps = {"4 x 2048": Step([(2048, 2048)] * 4, cache, layers=4)}
-            configs = [
-                PrefillConfig(block_m=m, block_n=n, num_warps=w, num_stages=s, programs_per_processor=p)
-                for (m, n, w), s, p in itertools.product(PREFILL_TILES, (3, 5), (1, 4, 16))
-            ]
-        compile_all([lambda s=s, c=c: s.call(**{kind: c}) for s in steps.values() for c in configs], threads)
-        for config in configs:
-            entry: dict[str, Any] = {"cache": cache, **dataclasses.asdict(config)}
-            try:
-                for name, step in steps.items():
-                    entry[f"{name} us"] = round(step.time_us(**{kind: config}), 2)
-            except (RuntimeError, triton_package.TritonError) as error:
-                entry["error"] = str(error).splitlines()[0][:80]
-            rows.append(entry)
-        first = f"{next(iter(steps))} us"
-    rows.sort(key=lambda row: (row["cache"], row.get(first, float("inf"))))
-    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- report

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from camshaft.export.kernels import dispatch, reference, triton  # noqa: E402
 from camshaft.export.kernels.rope import Rope  # noqa: E402
 from camshaft.export.kernels.state import AttentionState  # noqa: E402
+from camshaft.export.kernels.triton.configs import DecodeConfig  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if INTERPRET else "cuda"
@@ -57,6 +58,18 @@ def check(case: Case, rope: Rope, **more: Any) -> None:
 def test_whole_and_partial(lengths: list[tuple[int, int]], interleaved: bool, dim: int, rotated: int) -> None:
     case = make_case(lengths, dim=dim, dtype=HALF, device=DEVICE, padding=2)
     check(case, angles(case, rotated, HALF, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["half", "fp8"])
+@pytest.mark.parametrize("dim,rotated", [(64, 64), (80, 20)])
+def test_transposed_decode(dim: int, rotated: int, cache_dtype: torch.dtype | None) -> None:
+    """Keys as the rows of the products: against the other kernel, which the rest of these tests check."""
+    config = DecodeConfig(block_n=32, num_warps=1, num_stages=3, transposed=True)
+    case = make_case(DECODE, dim=dim, dtype=HALF, cache_dtype=cache_dtype, device=DEVICE, padding=2)
+    rope = angles(case, rotated, HALF)
+    expected = case.clone().call(triton.paged_attention, rope=rope)
+    out = case.call(triton.paged_attention, rope=rope, decode=config)
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[HALF], atol=TOLERANCE[HALF])
 
 
 OPTIONS: list[dict[str, Any]] = [
