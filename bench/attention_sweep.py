@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,7 @@ def sweep(kind: str, threads: int) -> list[dict[str, Any]]:
                 PrefillConfig(block_m=m, block_n=n, num_warps=w, num_stages=s, programs_per_processor=p)
                 for (m, n, w), s, p in itertools.product(PREFILL_TILES, (3, 5), (1, 4, 16))
             ]
-        compile_all([lambda s=s, c=c: s.call(**{kind: c}) for s in steps.values() for c in configs], threads)
+        compile_all([functools.partial(s.call, **{kind: c}) for s in steps.values() for c in configs], threads)
         timed: list[tuple[dict[str, Any], Any]] = []
         for config in configs:
             entry: dict[str, Any] = {"cache": cache, **dataclasses.asdict(config)}
