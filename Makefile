@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types gpu clean
+.PHONY: demo test test-long lint types gpu clean
 
 demo: $(STAMP)
 	$(BIN)/camshaft demo
 
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest -q -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -q -n 2 -m "not gpu and not long"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -19,6 +19,10 @@ types: $(STAMP)
 	@rm -rf .typecheck && mkdir -p .typecheck/camshaft
 	@cd .typecheck/camshaft && ln -s ../../camshaft/* . && for folder in graph models passes export runtime; do ln -s ../../$$folder $$folder; done
 	MYPYPATH=.typecheck $(BIN)/mypy -p camshaft
+
+# What compiles for minutes.
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 -m "long and not gpu"
 
 # On a machine with a CUDA GPU and the packages already there.
 gpu:

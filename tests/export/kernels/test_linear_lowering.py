@@ -29,6 +29,7 @@ from camshaft.passes.pipeline import decoder_passes
 from families import random_model, tiny_config
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.long
 needs_compiler = pytest.mark.skipif(
     InductorTarget().unavailable(CPU) is not None, reason="Inductor needs a C++ compiler"
 )

@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 SCALED = "camshaft.scaled_linear.default"
 WEIGHT_ONLY = torch.ops.camshaft.weight_only_linear.default
 INLINE = one_row.inline_one_row(gemm_ops.inline_around(ops.inline, batch_invariant=False))
+pytestmark = pytest.mark.long
 needs_compiler = pytest.mark.skipif(
     InductorTarget().unavailable(CPU) is not None, reason="Inductor needs a C++ compiler"
 )
@@ -138,7 +139,7 @@ def test_one_file_holds_both(layer: Segment, tmp_path: Path, monkeypatch: pytest
     file.write_bytes(built.data)
     assert variants_of(file) == {"one_row"}
     prepared: list[bool] = []
-    monkeypatch.setattr(inductor, "_prepare_kernels", lambda *args, one_row: prepared.append(one_row))
+    monkeypatch.setattr(inductor, "_prepare_kernels", lambda *args, one_row, batch_invariant: prepared.append(one_row))
     opened = inductor._open_source(layer, file, CPU)
     assert prepared == [True]
     for num_tokens, wanted_by in ((1, _plain), (5, lambda segment, values: segment.graph_module(CPU)(*values))):
