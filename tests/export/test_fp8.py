@@ -47,12 +47,12 @@ def _stored(engine: Engine) -> set[str]:
     ("family", "layers", "target"),
     [
         ("llama", 8, "inductor"),
-        ("gpt2", 8, "onnxruntime"),
-        ("phi3", 8, "onnxruntime"),
+        pytest.param("gpt2", 8, "onnxruntime", marks=pytest.mark.long),
+        pytest.param("phi3", 8, "onnxruntime", marks=pytest.mark.long),
         ("qwen2", 8, "eager"),
-        ("gemma2", 8, "onnxruntime"),
-        ("mixtral", 4, "eager"),
-        ("qwen3_moe", 4, "onnxruntime"),
+        pytest.param("gemma2", 8, "onnxruntime", marks=pytest.mark.long),
+        pytest.param("mixtral", 4, "eager", marks=pytest.mark.long),
+        pytest.param("qwen3_moe", 4, "onnxruntime", marks=pytest.mark.long),
     ],
 )
 def test_families_agree_with_the_definitions(family: str, layers: int, target: str) -> None:

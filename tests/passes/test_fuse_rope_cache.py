@@ -123,7 +123,9 @@ def _engine(model: Any) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in ("llama", "gpt_neox") else pytest.mark.long) for name in LAYERS]
+)
 def test_families(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy tokens of a prompt in two chunks and of decode steps are those of the program without any pass."""
     model = random_model(tiny_config(family))
