@@ -27,6 +27,11 @@ def heldout_path() -> Path:
     return _DATA / "heldout.txt"
 
 
+def calibration_path() -> Path:
+    """UTF-8 text the models were trained on, to calibrate quantization with; documents are separated by form feeds."""
+    return _DATA / "calibration.txt"
+
+
 def prompts() -> list[dict[str, Any]]:
     """Short prompts that suit the model: ``{"text": str}`` or ``{"chat": [{"role": str, "content": str}, ...]}``."""
     result: list[dict[str, Any]] = json.loads((_DATA / "prompts.json").read_text(encoding="utf-8"))

@@ -37,13 +37,14 @@ SHIPPED = tuple(_SHIPPED_NAMES.split())
 """Packages whose text may be shipped (licences in MODEL_CARD.md)."""
 
 
+def long_lines(text: str) -> list[str]:
+    """The letters and digits of each long line."""
+    bare = (re.sub(r"\W+", "", line) for line in text.split("\n"))
+    return [line for line in bare if len(line) >= MIN_LINE]
+
+
 def _keys(text: str) -> list[tuple[int, int]]:
-    out = []
-    for line in text.split("\n"):
-        bare = re.sub(r"\W+", "", line)
-        if len(bare) >= MIN_LINE:
-            out.append((hash(bare), len(bare)))
-    return out
+    return [(hash(line), len(line)) for line in long_lines(text)]
 
 
 def seen_share(text: str, trained: set[int]) -> float:
