@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from .quant_ops import FP8_MAX
 
+if TYPE_CHECKING:
+    from .stored_weight import StoredPart, StoredWeight
+
 Recipe = dict[str, Any]
-"""{"source": name}, {"cast": recipe, "dtype": name}, {"transpose": recipe}, {"concatenate": [recipes], "dim": int} or
-{"quantize_rows": recipe, "part": "values" or "scale"}."""
+"""{"source": name}, {"cast": recipe, "dtype": name}, {"transpose": recipe}, {"concatenate": [recipes], "dim": int},
+{"quantize_rows": recipe, "part": "values" or "scale"} or {"stored": recipe, "part": a StoredPart}."""
 
 Part = Literal["values", "scale"]
 
@@ -34,7 +37,8 @@ class Weight:
 
     recipe: how it is made from the model's own weights, as plain data (see `from_recipe`), so that a cached build can be
     applied to other weights of the same model; None for a constant. make_on: as `load`, for a device that what it is made
-    from is moved to first; None where it is not made from others.
+    from is moved to first; None where it is not made from others. stored: the parts of a matrix that the checkpoint holds quantized
+    (`load` dequantizes it), or None.
     """
 
     shape: tuple[int, ...]
@@ -42,6 +46,7 @@ class Weight:
     load: Callable[[], Tensor]
     recipe: Recipe | None = None
     make_on: Callable[[torch.device], Tensor] | None = None
+    stored: StoredWeight | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -66,25 +71,33 @@ class Weight:
         if dtype == self.dtype:
             return self
         recipe = None if self.recipe is None else {"cast": self.recipe, "dtype": str(dtype).removeprefix("torch.")}
-        return _made([self], lambda parts: next(parts).to(dtype), self.shape, dtype, recipe)
+        return replace(
+            make_weight([self], lambda parts: next(parts).to(dtype), self.shape, dtype, recipe), stored=self.stored
+        )
 
     def transpose(self) -> Weight:
         """A matrix with rows and columns exchanged."""
         rows, columns = self.shape
         recipe = None if self.recipe is None else {"transpose": self.recipe}
-        return _made([self], lambda parts: next(parts).t().contiguous(), (columns, rows), self.dtype, recipe)
+        return make_weight([self], lambda parts: next(parts).t().contiguous(), (columns, rows), self.dtype, recipe)
 
     def named(self, name: str) -> Weight:
         """The weight as one of the model's own, under the name by which recipes refer to it."""
-        return Weight(self.shape, self.dtype, self.load, {"source": name}, self.make_on)
+        return replace(self, recipe={"source": name})
+
+    def stored_part(self, part: StoredPart) -> Weight:
+        """One of the tensors that the matrix is stored as; `stored` must be set."""
+        assert self.stored is not None
+        recipe = None if self.recipe is None else {"stored": self.recipe, "part": part}
+        return replace(self.stored.parts[part], recipe=recipe)
 
 
-def _made(
+def make_weight(
     parts: list[Weight],
     make: Callable[[Iterator[Tensor]], Tensor],
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    recipe: Recipe | None,
+    recipe: Recipe | None = None,
 ) -> Weight:
     """A weight that `make` makes of the tensors of `parts`, which are read as it asks for them."""
     return Weight(
@@ -116,7 +129,11 @@ def concatenate(weights: list[Weight], dim: int = 0) -> Weight:
 
     recipes = [w.recipe for w in weights]
     recipe = None if None in recipes else {"concatenate": recipes, "dim": dim}
-    return _made(weights, make, tuple(shape), first.dtype, recipe)
+    stored = None
+    if first.stored is not None and dim == 0:
+        others = [w.stored for w in weights[1:] if w.stored is not None]
+        stored = first.stored.join(others) if len(others) == len(weights) - 1 else None
+    return replace(make_weight(weights, make, tuple(shape), first.dtype, recipe), stored=stored)
 
 
 # ------------------------------------------------------------------------------------------------------------ quantized
@@ -211,6 +228,8 @@ class _Remaker:
             if key not in self._quantized:
                 self._quantized[key] = QuantizedRows(self.make(source))
             return self._quantized[key].part(recipe["part"])
+        if "stored" in recipe:
+            return self.make(recipe["stored"]).stored_part(recipe["part"])
         return concatenate([self.make(part) for part in recipe["concatenate"]], recipe["dim"])
 
 
