@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import quantized_linear as quantized_linear  # registers its operator
 from .quant_ops import QUANT_DEFINITIONS, quantize_rows, quantized_rows_fake
 from .registry import define
 

@@ -1,0 +1,244 @@
+"""Weights to the formats of `linear_format` and back: round to nearest, and the search for the scale that errs least.
+
+Memory: a weight is quantized some rows at a time, so that float32 copies are of those rows alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .linear_format import BLOCK, PACKED_KINDS, LinearFormat, Part, check_divides, part_shapes
+from .quant_ops import unpack
+from .small_floats import (
+    E2M1_MAX,
+    E4M3_MAX,
+    ceil_e8m0,
+    decode_e8m0,
+    e2m1_codes,
+    floor_e8m0,
+    pack_halves,
+    round_to_e2m1,
+)
+
+__all__ = ["LinearFormat", "QuantizedWeight", "dequantize_weight", "effective_scale", "quantize_weight"]
+
+_CHUNK_ELEMENTS = 1 << 22
+"""Of a weight that are quantized at a time."""
+_TINY = torch.finfo(torch.float32).tiny
+_INT_LIMITS = {"int8": 127.0, "int4": 7.5}
+"""What max-abs is mapped to. int4 is asymmetric, -8 to 7: half a step is lost on one side, which costs less than a coarser step."""
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The tensors of a stored weight; shapes and dtypes as in `linear_format`."""
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    global_scale: Tensor | None = None
+
+
+def quantize_weight(weight_NK: Tensor, format: LinearFormat, *, candidates: int = 1) -> QuantizedWeight:
+    """A float matrix [N, K] rounded to nearest, where it is.
+
+    candidates: scales that are tried for each row, group or block, and the one with the least squared error is taken; 1: the scale
+    that max-abs gives, as the format's reference has it. Raises ValueError where groups do not divide K.
+    """
+    check_divides(format, tuple(weight_NK.shape))
+    shapes = part_shapes(format, tuple(weight_NK.shape))
+    parts = {name: torch.empty(s, dtype=d, device=weight_NK.device) for name, (s, d) in shapes.items()}
+    if "global_scale" in parts:
+        parts["global_scale"].copy_((_amax(weight_NK) / (E2M1_MAX * E4M3_MAX)).clamp(min=_TINY))
+    if format.group == -1:
+        parts["scale"].copy_((_amax(weight_NK) / E4M3_MAX).clamp(min=_TINY))
+    step = max(1, _CHUNK_ELEMENTS // max(weight_NK.shape[1], 1))
+    step = max(BLOCK, step // BLOCK * BLOCK) if format.block else step
+    for begin in range(0, weight_NK.shape[0], step):
+        rows = slice(begin, begin + step)
+        _quantize_chunk(weight_NK[rows].float(), format, candidates, parts, begin)
+    return QuantizedWeight(parts["values"], parts["scale"], parts.get("zero_point"), parts.get("global_scale"))
+
+
+def dequantize_weight(parts: QuantizedWeight, format: LinearFormat, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrix [N, K] that stored tensors mean: computed in float32, rounded once to `dtype`."""
+    values = _stored_values(parts.values, format)
+    if parts.zero_point is not None:
+        values = values - _spread(parts.zero_point.float(), values, format)
+    return (values * effective_scale(parts.scale, parts.global_scale, values, format)).to(dtype)
+
+
+def effective_scale(scale: Tensor, global_scale: Tensor | None, values_NK: Tensor, format: LinearFormat) -> Tensor:
+    """Scales in float32, of a shape that broadcasts over values [N, K]."""
+    wide = decode_e8m0(scale) if scale.dtype == torch.uint8 else scale.float()
+    if global_scale is not None:
+        wide = wide * global_scale.float()
+    return _spread(wide, values_NK, format)
+
+
+def _stored_values(values: Tensor, format: LinearFormat) -> Tensor:
+    if format.weights not in PACKED_KINDS:
+        return values.float() + 128.0 if format.weights == "int8" and format.zero_point else values.float()
+    if format.weights != "int4":
+        return unpack(values, "fp4")
+    signed = unpack(values, "int4")
+    return torch.where(signed < 0, signed + 16, signed) if format.zero_point else signed
+
+
+def _spread(scale: Tensor, values_NK: Tensor, format: LinearFormat) -> Tensor:
+    if format.block:
+        rows, dim = values_NK.shape
+        return scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :dim]
+    if format.group > 0:
+        return scale.repeat_interleave(format.group, 1)
+    return scale[:, None] if format.group == 0 else scale
+
+
+def _amax(weight_NK: Tensor) -> Tensor:
+    low, high = torch.aminmax(weight_NK)
+    return torch.maximum(-low, high).float()
+
+
+# ------------------------------------------------------------------------------------------------------------ one chunk
+def _quantize_chunk(
+    wide_NK: Tensor, format: LinearFormat, candidates: int, parts: dict[Part, Tensor], begin: int
+) -> None:
+    """Quantizes rows of float32 and writes them at row `begin` of the parts."""
+    rows = slice(begin, begin + wide_NK.shape[0])
+    groups = _to_groups(wide_NK, format)
+    if format.group == -1:
+        parts["values"][rows] = _codes(groups, parts["scale"].expand(1, 1, 1), None, format)[0]
+        return
+    given = parts.get("global_scale")
+    scale, zero_point = _search(groups, format, candidates, given)
+    codes = _from_groups(_codes(groups, _decoded(scale, given), zero_point, format), wide_NK, format)
+    parts["values"][rows] = pack_halves(codes) if format.weights in PACKED_KINDS else codes
+    at = slice(begin // BLOCK, (begin + wide_NK.shape[0] + BLOCK - 1) // BLOCK) if format.block else rows
+    parts["scale"][at] = scale.reshape(parts["scale"][at].shape)
+    if zero_point is not None:
+        parts["zero_point"][at] = zero_point.reshape(parts["zero_point"][at].shape).to(torch.uint8)
+
+
+def _to_groups(wide_NK: Tensor, format: LinearFormat) -> Tensor:
+    """[N, K] as [A, B, elements that share a scale]; blocks at the edges are filled with zeros."""
+    rows, dim = wide_NK.shape
+    if format.block:
+        padded = torch.nn.functional.pad(wide_NK, (0, -dim % BLOCK, 0, -rows % BLOCK))
+        tiles = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK))
+        return tiles.transpose(1, 2).flatten(2)
+    if format.group > 0:
+        return wide_NK.unflatten(1, (-1, format.group))
+    return wide_NK[:, None] if format.group == 0 else wide_NK[None]
+
+
+def _from_groups(groups: Tensor, wide_NK: Tensor, format: LinearFormat) -> Tensor:
+    rows, dim = wide_NK.shape
+    if format.block:
+        tiles = groups.unflatten(2, (BLOCK, BLOCK)).transpose(1, 2)
+        return tiles.flatten(0, 1).flatten(1, 2)[:rows, :dim]
+    return groups.reshape(rows, dim)
+
+
+def _search(
+    groups: Tensor, format: LinearFormat, candidates: int, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The stored scale [A, B, 1] and zero point of each group with the least squared error among `candidates`."""
+    best: tuple[Tensor, Tensor | None] | None = None
+    least = torch.empty(0)
+    for factor in _factors(format, candidates):
+        scale, zero_point = _scale_of(groups, format, factor, global_scale)
+        if candidates == 1:
+            return scale, zero_point
+        decoded = _decoded(scale, global_scale)
+        error = (_restored(groups, decoded, zero_point, format) - groups).square_().sum(-1, keepdim=True)
+        if best is None:
+            best, least = (scale, zero_point), error
+            continue
+        better = error < least
+        zero_point = None if zero_point is None or best[1] is None else torch.where(better, zero_point, best[1])
+        best = _where(better, scale, best[0]), zero_point
+        least = torch.minimum(error, least)
+    assert best is not None
+    return best
+
+
+def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    if yes.dtype != torch.float8_e4m3fn:
+        return torch.where(condition, yes, no)
+    return torch.where(condition, yes.view(torch.uint8), no.view(torch.uint8)).view(yes.dtype)  # float8 has no where
+
+
+def _factors(format: LinearFormat, candidates: int) -> list[float]:
+    """What max-abs is multiplied by in each candidate; the first is 1.
+
+    Integers gain from cutting the largest off; of small floats every power of two has the same steps, and where max-abs falls on
+    them is chance: from 1 to 2 (fp8), or the six steps of e2m1. Powers of two alone (MX) have two candidates.
+    """
+    if format.weights in ("mxfp4", "mxfp8"):
+        other = 2.0 if format.weights == "mxfp4" else 0.5
+        return [1.0, other][: max(1, candidates)]
+    if format.weights == "fp8":
+        return [2 ** (step / candidates) for step in range(candidates)]
+    if format.weights == "nvfp4":
+        return [1.0, *(0.8 + 0.8 * step / max(candidates - 2, 1) for step in range(candidates - 1))]
+    low = 0.5 if format.weights == "int4" else 0.8
+    return [1 - (1 - low) * step / max(candidates, 1) for step in range(candidates)]
+
+
+def _scale_of(
+    groups: Tensor, format: LinearFormat, factor: float, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The stored scale [A, B, 1] (float32, or what the format stores) and zero point for max-abs times `factor`."""
+    if format.zero_point:
+        low = groups.amin(-1, keepdim=True).clamp(max=0) * factor
+        high = groups.amax(-1, keepdim=True).clamp(min=0) * factor
+        top = 15.0 if format.weights == "int4" else 255.0
+        scale = ((high - low) / top).clamp(min=_TINY)
+        return scale, (-low / scale).round().clamp(0, top)
+    amax = groups.abs().amax(-1, keepdim=True) * factor
+    if format.weights == "mxfp4":
+        return floor_e8m0(amax, 2), None
+    if format.weights == "mxfp8":
+        return ceil_e8m0(amax, E4M3_MAX), None
+    if global_scale is not None:
+        return (amax / (E2M1_MAX * global_scale)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn), None
+    limit = E4M3_MAX if format.weights == "fp8" else _INT_LIMITS[format.weights]
+    return (amax / limit).clamp(min=_TINY), None
+
+
+def _decoded(scale: Tensor, global_scale: Tensor | None) -> Tensor:
+    """A stored scale in float32, at least the smallest normal number, to divide by."""
+    wide = decode_e8m0(scale) if scale.dtype == torch.uint8 else scale.float()
+    return (wide if global_scale is None else wide * global_scale).clamp(min=_TINY)
+
+
+def _scaled(groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: LinearFormat) -> Tensor:
+    """Values before they are packed: rounded and saturated, float32; of fp8 and e2m1 as they round."""
+    scaled = groups / scale
+    if format.weights in ("fp8", "mxfp8"):
+        return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    if format.weights in ("nvfp4", "mxfp4"):
+        return round_to_e2m1(scaled)
+    if zero_point is not None:
+        return (scaled.round() + zero_point).clamp(0, 15 if format.weights == "int4" else 255)
+    return scaled.round().clamp(-8, 7) if format.weights == "int4" else scaled.round().clamp(-127, 127)
+
+
+def _restored(groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: LinearFormat) -> Tensor:
+    values = _scaled(groups, scale, zero_point, format)
+    return (values if zero_point is None else values - zero_point) * scale
+
+
+def _codes(groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: LinearFormat) -> Tensor:
+    """What is stored of each value, one element each: float8_e4m3fn, int8, or four bits in uint8."""
+    values = _scaled(groups, scale, zero_point, format)
+    if format.weights in ("fp8", "mxfp8"):
+        return values.to(torch.float8_e4m3fn)
+    if format.weights in ("nvfp4", "mxfp4"):
+        return e2m1_codes(values)
+    if format.weights == "int8":
+        return (values if zero_point is None else values - 128).to(torch.int8)
+    return values.to(torch.int8).view(torch.uint8) & 15
