@@ -78,6 +78,7 @@ def test_shape_functions_tell_the_truth() -> None:
         (ops.add_rms_norm_quantize, (x, x, None, 1e-6, 0.0, False)), (ops.glu_quantize, (x, "silu")),
         (ops.scaled_linear, (x.to(FP8), torch.ones(4, 1), x.to(FP8), torch.ones(4), None, torch.bfloat16)),
         (ops.dequantize_packed, (packed, torch.ones(4, 2), None, "int4", torch.float16)),
+        (ops.quantized_linear, (x, x.to(torch.int8), x[:, 0], None, None, None, None, "int8/int8")),
     ]  # fmt: skip
     assert {op.default for op, _ in calls} >= set(QUANT_DEFINITIONS)
     for op, args in calls:

@@ -1,0 +1,1 @@
+"""Recipes of quantization, and the algorithms behind them."""
