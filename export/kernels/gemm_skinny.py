@@ -292,7 +292,7 @@ def multiply_tile(
     partial = arrived = None
     if config.splits > 1:
         partial = torch.empty((config.splits, num_rows, n), dtype=torch.float32, device=x.device)
-        arrived = _arrivals(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, tiles)
+        arrived = arrivals(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, tiles)
     fetched = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]) if config.tma else None
     with on_device(x):
         _tile_kernel[(tiles, config.splits)](
@@ -331,7 +331,7 @@ def _counters(device: torch.device, stream: int, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def _arrivals(device: torch.device, stream: int, tiles: int) -> Tensor:
+def arrivals(device: torch.device, stream: int, tiles: int) -> Tensor:
     """Zeroed counters, one per tile, which every launch leaves zeroed.
 
     They belong to a stream, on which launches follow each other. Graphs captured on one stream share them, so two of those must
