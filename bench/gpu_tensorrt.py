@@ -96,7 +96,7 @@ def decode_times(engine: Any, vocab: int) -> dict[str, Any]:
             }
         return {
             "llm_ready_s": ready,
-            "captured": None if graphs is None else len(graphs.buckets),
+            "captured": None if graphs is None else len(graphs.shapes),
             "capture_s": None if graphs is None else graphs.seconds,
             "capture_bytes": None if graphs is None else graphs.num_bytes,
             "decode": rows,

@@ -70,9 +70,10 @@ FP8_TABLE = (
 """For float8_e4m3fn, first line that fits."""
 
 WEIGHT_ONLY_TABLE = (
-    Choice(rows=_ANY, columns=4096, config=OneRowConfig(block_n=16, block_k=1024, warps=8, stages=3)),
-    Choice(rows=_ANY, columns=8192, config=OneRowConfig(block_n=8, block_k=2048, stages=3)),
-    Choice(rows=_ANY, columns=_ANY, config=OneRowConfig(block_n=8, block_k=2048)),
+    Choice(rows=_ANY, columns=4096, config=OneRowConfig(block_n=4, block_k=2048, warps=4, stages=1)),
+    Choice(rows=_ANY, columns=8192, config=OneRowConfig(block_n=4, block_k=2048, warps=2, stages=1)),
+    Choice(rows=_ANY, columns=32768, config=OneRowConfig(block_n=4, block_k=4096, warps=4, stages=1)),
+    Choice(rows=_ANY, columns=_ANY, config=OneRowConfig(block_n=8, block_k=4096, warps=8, stages=1)),
 )
 """For an fp8 weight and rows of 16 bits, first line that fits. A line for one row may name any kernel that takes one."""
 

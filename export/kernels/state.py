@@ -14,10 +14,10 @@ _NUM_COUNTERS = 16_384
 class AttentionState:
     """Scratch of the attention kernels of one stream; an executor owns one and says when a step begins.
 
-    tiles: of this step, (fewest rows, rows a tile) -> what `tiles_kernel` wrote; layers share it.
+    tiles: of this step, (kind of sequences, fewest rows, rows a tile) -> what `tiles_kernel` wrote; layers share it.
     """
 
-    tiles: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    tiles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     _counters: Tensor | None = None
 
     def begin_step(self) -> None:

@@ -4,14 +4,14 @@
  *
  * For few tokens a step is bound by reading the weights once. `linear` therefore reads them as bfloat16 where that
  * holds their values exactly (the copy's layout is drawn in step_ops.c), and is cut into chunks that threads take
- * from a common counter. The calling thread walks through the program and does everything else itself: it never waits
+ * from a common counter; so are the integer weights of step_quantized.c. The calling thread walks through the program and does everything else itself: it never waits
  * for a thread that has not begun, so a busy machine only makes it slower. Worker threads spin while a step runs and
  * sleep between steps.
  *
  * Sizes and pointers were checked when the program was written; what changes from step to step (token ids, sample rows,
  * block tables) is checked here.
  */
-#include "step_ops.c"
+#include "step_quantized.c"
 
 #include <sched.h>
 #include <signal.h>
@@ -75,6 +75,7 @@ static void attention_chunk(pool_t *pool, const args_t *a, int64_t item) {
 static void run_chunk(pool_t *pool, int64_t index, int64_t chunk) {
     const instr_t *p = &pool->current->program[index];
     if (p->op == LINEAR) linear(p, chunk);
+    else if (p->op == LINEAR_INT) linear_int(p, chunk);
     else attention_chunk(pool, (const args_t *)p->x[1].at, chunk);
 }
 
@@ -205,7 +206,9 @@ static int64_t run(pool_t *pool, step_t *step) {
         const instr_t *p = &step->program[i];
         int64_t status = 0;
         switch (p->op) {
-        case LINEAR: parallel(pool, i, p->chunks); break;
+        case LINEAR:
+        case LINEAR_INT: parallel(pool, i, p->chunks); break;
+        case ROUND_ROWS: round_rows(p); break;
         case ATTENTION: status = attention(pool, step, i); break;
         case MATMUL: matmul(p); break;
         case GATHER: {

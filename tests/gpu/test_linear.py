@@ -84,7 +84,7 @@ TILES = [
     TileConfig(block_n=32, block_k=WIDTH, weight_left=False),
     TileConfig(block_n=64, block_k=WIDTH, splits=4),
     TileConfig(block_n=64, block_k=WIDTH, splits=4, tma=True),
-    TileConfig(block_n=64, block_k=2 * WIDTH, splits=3, weight_left=False),
+    TileConfig(block_n=64, block_k=2 * WIDTH, splits=3, stages=2, weight_left=False),
 ]
 
 

@@ -140,7 +140,8 @@ def test_quantize_rows(rows: int, width: int) -> None:
     x[0, 0, 0] = 0
     out, scale = row_quantize.quantize_rows(x, CAST)
     wanted, steps = quantize_rows(x)
-    assert scale.shape == (1, rows, 1) and torch.equal(scale, steps)
+    assert scale.shape == (1, rows, 1)
+    torch.testing.assert_close(scale, steps, rtol=2e-7, atol=0)  # CUDA's torch divides by 448 by its rounded reciprocal
     same_quantized((out.to(FP8), scale), (wanted, steps))
     out, scale = row_quantize.quantize_rows(torch.zeros(2, 64, dtype=HALF, device=DEVICE), CAST)
     assert (out.float() == 0).all() and (scale > 0).all()

@@ -5,7 +5,8 @@ nothing is read back and no allocation depends on data: a step can be captured i
     else                  write                      turns q, k; k, v -> cache at the slot; out = 0 in padding rows
                           decode                     programs of sequences with another number of rows return at once
                           tiles (once a step)        which rows of which sequences make a tile
-                          prefill                    sequences with two rows or more
+                          prefill                    sequences with two rows or more, or of them
+                          prefill_fresh, prefill     those without cached tokens, whose keys are rows of the step; and the rest
     batch_invariant       write, tiles, prefill      every row alike: the same key blocks in the same order
 """
 
@@ -20,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..checks import check_arguments
 from ..rope import Rope
@@ -27,7 +29,9 @@ from ..state import AttentionState
 from .configs import DecodeConfig, PrefillConfig, decode_config, num_splits, prefill_config
 from .decode import decode_kernel, join_kernel
 from .prefill import prefill_kernel
-from .write import tiles_kernel, write_kernel
+from .prefill_config import FEWEST_ROWS, Fresh, FreshConfig, fresh_config, why_not_fresh
+from .prefill_fresh import prefill_fresh_kernel
+from .write import ALL, CONTINUING, FRESH, tiles_kernel, write_kernel
 
 _MAX_HEAD_DIM = 512
 _WRITE_BLOCK = 2048
@@ -155,6 +159,7 @@ def paged_attention(
     state: AttentionState | None = None,
     decode: DecodeConfig | None = None,
     prefill: PrefillConfig | None = None,
+    fresh: Fresh = None,
 ) -> Tensor:
     """`reference.paged_attention` on CUDA: the same arguments and result; float16, bfloat16 or float32 queries.
 
@@ -167,10 +172,11 @@ def paged_attention(
             sequence was cut into steps; slower where sequences have one row.
         rope: turns q and k first; keys are cached as they are turned.
         state: what calls share; made for this call if None.
-        decode, prefill: tile sizes instead of those of `configs`, to measure them.
+        decode, prefill, fresh: tile sizes instead of those of `configs` and `prefill_config`, to measure them.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a head size above 512, a scale that is not positive.
+        ValueError: shapes, dtypes or devices that do not fit, a head size above 512, a scale that is not positive; `fresh`
+            for tensors that its kernel cannot read.
     """
     check_arguments(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
@@ -192,33 +198,53 @@ def paged_attention(
         return out
     state = state or AttentionState()
     widest = max(call.padded_dims)
-    decode = decode or decode_config(widest, *call.element_bytes, call.num_seqs * k.shape[1])
+    decode = decode or decode_config(widest, *call.element_bytes, call.num_seqs * k.shape[1], call.group)
     prefill = prefill or prefill_config(widest, *call.element_bytes)
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         if max_query_len == 1 and not batch_invariant and call.num_seqs:
             _decode(call, decode, max_seq_len, state, write=True)
             return out
-        call = _write(call)
+        tiles = None if batch_invariant or max_query_len < FEWEST_ROWS else _fresh_tiles(call, fresh)
+        call = _write(call, keep_keys=tiles is not None)
         if max_query_len and call.num_seqs:
             if not batch_invariant:
                 _decode(call, decode, max_seq_len, state, write=False)
-            _prefill(call, prefill, None if batch_invariant else max_query_len, state)
+            if tiles is not None:
+                _prefill_fresh(call, tiles, state)
+            _prefill(call, prefill, None if batch_invariant else max_query_len, state, ALL if tiles is None else CONTINUING)
     return out
 
 
-def _write(call: _Call) -> _Call:
-    """k and v into the cache; zeros into padding rows of `out`. Returns the call with its queries turned."""
+def _fresh_tiles(call: _Call, fresh: Fresh) -> FreshConfig | None:
+    """Tiles for the sequences without cached tokens; None if they are read from the cache."""
+    if fresh is None:
+        return fresh_config(call.q, call.k, call.v, call.rope)
+    if fresh == "paged":
+        return None
+    reason = why_not_fresh(call.q, call.k, call.v, call.rope)
+    if reason or call.group > fresh.block_m:
+        raise ValueError(f"paged_attention: fresh={fresh}, {call.group} query heads of a kv head; {reason or 'too many'}")
+    return fresh
+
+
+def _write(call: _Call, *, keep_keys: bool) -> _Call:
+    """k and v into the cache; zeros into padding rows of `out`.
+
+    Returns the call with its queries turned, and with `keep_keys` its keys too.
+    """
     q, k, v, k_cache, v_cache = call.q, call.k, call.v, call.k_cache, call.v_cache
     num_tokens, num_kv_heads, head_dim = k.shape
-    q_turned = torch.empty_like(q, memory_format=torch.contiguous_format) if call.rope is not None else None
+    turns, contiguous = call.rope is not None, torch.contiguous_format
+    q_turned = torch.empty_like(q, memory_format=contiguous) if turns else None
+    k_turned = torch.empty_like(k, memory_format=contiguous) if turns and keep_keys else None
     write_kernel[(num_tokens,)](
-        q, k, v, *call.angles, q_turned, k_cache, v_cache, call.out, call.slot_mapping, call.query_start, call.num_seqs,
+        q, k, v, *call.angles, q_turned, k_turned, k_cache, v_cache, call.out, call.slot_mapping, call.query_start, call.num_seqs,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *call.angle_strides, *k_cache.stride()[:3],
         *v_cache.stride()[:3], BLOCK_SIZE=k_cache.shape[1], H=q.shape[1], KV=num_kv_heads, D=head_dim, DV=v.shape[2],
         BLOCK=_write_block(num_kv_heads * max(head_dim, v.shape[2])), BLOCK_Q=_write_block(q.shape[1] * head_dim),
-        **call.rotation(),
+        KEEP_KEYS=k_turned is not None, **call.rotation(),
     )  # fmt: skip
-    return call if q_turned is None else replace(call, q=q_turned, rope=None)
+    return call if q_turned is None else replace(call, q=q_turned, k=k if k_turned is None else k_turned, rope=None)
 
 
 def _write_block(size: int) -> int:
@@ -267,22 +293,14 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         )  # fmt: skip
 
 
-def _prefill(call: _Call, config: PrefillConfig, max_query_len: int | None, state: AttentionState) -> None:
-    """Attention of the sequences with two rows or more into `call.out`; of all sequences if `max_query_len` is None."""
-    group, num_tokens = call.group, call.q.shape[0]
-    wanted = _INVARIANT_BLOCK_M if max_query_len is None else _power_of_two(max_query_len * group)
+def _prefill(
+    call: _Call, config: PrefillConfig, max_query_len: int | None, state: AttentionState, kind: int
+) -> None:  # fmt: skip
+    """Attention of the sequences of a kind with two rows or more into `call.out`; of all if `max_query_len` is None."""
+    wanted = _INVARIANT_BLOCK_M if max_query_len is None else _power_of_two(max_query_len * call.group)
     block_m = min(config.block_m, wanted)
-    block_m = max(block_m, 16, _power_of_two(group))
-    min_rows, block_q = 1 if max_query_len is None else 2, block_m // group
-    # sum of ceil(n / block_q) over the sequences with n >= min_rows rows
-    bound = num_tokens // block_q + min(call.num_seqs, num_tokens // min_rows)
-    tiles = state.tiles.get((min_rows, block_q))
-    if tiles is None:
-        tiles = torch.empty((1 + bound, 2), dtype=torch.int32, device=call.q.device)
-        tiles_kernel[(triton.cdiv(bound, 32),)](
-            call.query_start, tiles, call.num_seqs, bound, MIN_ROWS=min_rows, BLOCK_Q=block_q, BLOCK_S=256, BLOCK_T=32
-        )  # fmt: skip
-        state.tiles[min_rows, block_q] = tiles
+    block_m = max(block_m, 16, _power_of_two(call.group))
+    tiles, bound = _tiles(call, state, kind, 1 if max_query_len is None else 2, block_m // call.group)
     programs = config.programs_per_processor * num_processors(call.q.device)
     prefill_kernel[(min(bound * call.num_kv_heads, programs),)](
         call.q, call.k_cache, call.v_cache, call.out, tiles, call.block_tables, call.query_start, call.seq_lens,
@@ -291,6 +309,39 @@ def _prefill(call: _Call, config: PrefillConfig, max_query_len: int | None, stat
         BLOCK_N=config.block_n, MASK_ALL=max_query_len is None, NUM_STAGES=config.num_stages,
         num_warps=4 if block_m <= 64 and max(call.padded_dims) <= 128 else config.num_warps,
     )  # fmt: skip
+
+
+def _prefill_fresh(call: _Call, config: FreshConfig, state: AttentionState) -> None:
+    """Attention of the sequences with two rows or more and no cached token, into `call.out`; queries and keys are turned."""
+    q, k, v, block_n = call.q, call.k, call.v, config.block_n
+    num_tokens, kv, dim = k.shape
+    tiles, bound = _tiles(call, state, FRESH, 2, config.block_m // call.group)
+    k_blocks = TensorDescriptor(k, [num_tokens, kv * dim], [k.stride(0), 1], [block_n, dim])
+    v_blocks = TensorDescriptor(v, [num_tokens, kv * v.shape[2]], [v.stride(0), 1], [block_n, v.shape[2]])
+    programs = config.programs_per_processor * num_processors(q.device)
+    prefill_fresh_kernel[(min(bound * kv, programs),)](
+        q, k, v, k_blocks, v_blocks, call.out, tiles, call.query_start, call.sinks, call.alibi_slopes, *q.stride()[:2],
+        k.stride(0), v.stride(0), call.scale, call.softcap, WINDOW=call.window, SOFTCAP=call.softcap > 0,
+        SINKS=call.sinks is not None, ALIBI=call.alibi_slopes is not None, KV=kv, GROUP=call.group, D=dim,
+        DV=v.shape[2], BLOCK_M=config.block_m, BLOCK_N=block_n, NUM_STAGES=config.num_stages,
+        num_warps=config.num_warps,
+    )  # fmt: skip
+
+
+def _tiles(call: _Call, state: AttentionState, kind: int, min_rows: int, block_q: int) -> tuple[Tensor, int]:
+    """The tiles of `block_q` rows of the sequences of a kind with `min_rows` rows or more, and the most that there can be."""
+    num_tokens = call.q.shape[0]
+    # sum of ceil(n / block_q) over the sequences with n >= min_rows rows
+    bound = num_tokens // block_q + min(call.num_seqs, num_tokens // min_rows)
+    tiles = state.tiles.get((kind, min_rows, block_q))
+    if tiles is None:
+        tiles = torch.empty((1 + bound, 2), dtype=torch.int32, device=call.q.device)
+        tiles_kernel[(triton.cdiv(bound, 32),)](
+            call.query_start, call.seq_lens, tiles, call.num_seqs, bound, KIND=kind, MIN_ROWS=min_rows, BLOCK_Q=block_q,
+            BLOCK_S=256, BLOCK_T=32,
+        )  # fmt: skip
+        state.tiles[kind, min_rows, block_q] = tiles
+    return tiles, bound
 
 
 def _power_of_two(size: int) -> int:

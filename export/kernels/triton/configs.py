@@ -51,19 +51,31 @@ class PrefillConfig:
 # Shared memory of an H100/H200 block: 227 KiB. A stage holds block_n * (D + Dv) cache elements.
 _DECODE_CONFIGS: dict[int, DecodeConfig] = {  # widest head size -> config, 16-bit cache
     64: DecodeConfig(block_n=128, num_warps=4, num_stages=3),
-    128: DecodeConfig(block_n=64, num_warps=2, num_stages=5),
+    128: DecodeConfig(block_n=32, num_warps=1, num_stages=5, transposed=True),
     256: DecodeConfig(block_n=32, num_warps=4, num_stages=3),
     512: DecodeConfig(block_n=32, num_warps=8, num_stages=2),
 }
 _DECODE_FP8_CONFIGS: dict[int, DecodeConfig] = {  # 8-bit cache
     64: DecodeConfig(block_n=128, num_warps=4, num_stages=3),
-    128: DecodeConfig(block_n=32, num_warps=1, num_stages=5),
+    128: DecodeConfig(block_n=32, num_warps=1, num_stages=4, transposed=True),
     256: DecodeConfig(block_n=32, num_warps=4, num_stages=3),
     512: DecodeConfig(block_n=32, num_warps=8, num_stages=2),
 }
-_FEW_PAIRS = 512
-_DECODE_FP8_FEW: dict[int, DecodeConfig] = {  # 8-bit cache, sequences times kv heads below _FEW_PAIRS: latency counts
-    128: DecodeConfig(block_n=64, num_warps=2, num_stages=5),
+_MANY_PAIRS = 512
+_FEW_PAIRS: dict[tuple[int, int], tuple[tuple[int, DecodeConfig], ...]] = {
+    (128, 2): ((16, DecodeConfig(block_n=64, num_warps=2, num_stages=5, transposed=True)),),
+    (128, 1): (
+        (16, DecodeConfig(block_n=128, num_warps=4, num_stages=5, transposed=True)),
+        (_MANY_PAIRS, DecodeConfig(block_n=64, num_warps=2, num_stages=5, transposed=True)),
+    ),
+}
+"""Where latency counts, (widest head size, bytes of a cache element) -> (sequences times kv heads below which it is used, config)."""
+_NARROW_GROUP = 8
+_WIDE_GROUPS: dict[
+    tuple[int, int], DecodeConfig
+] = {  # more query heads than that a kv head: (widest, cache bytes) -> config
+    (128, 2): DecodeConfig(block_n=64, num_warps=2, num_stages=5),
+    (128, 1): DecodeConfig(block_n=32, num_warps=1, num_stages=5),
 }
 _PREFILL_CONFIGS: dict[int, PrefillConfig] = {  # 16-bit cache
     64: PrefillConfig(block_m=128, block_n=64, num_warps=4, num_stages=3),
@@ -79,17 +91,22 @@ _PREFILL_FP8_CONFIGS: dict[int, PrefillConfig] = {  # 8-bit cache
 }
 
 
-def decode_config(widest: int, cache_bytes: int, query_bytes: int, num_pairs: int = _FEW_PAIRS) -> DecodeConfig:
+def decode_config(
+    widest: int, cache_bytes: int, query_bytes: int, num_pairs: int = _MANY_PAIRS, group: int = 1
+) -> DecodeConfig:
     """For padded head size `widest` (at most 512), bytes of a cache element and of a query element.
 
-    num_pairs: sequences times kv heads of the step.
+    num_pairs: sequences times kv heads of the step. group: query heads of a kv head.
     """
     if query_bytes > 2:
         return DecodeConfig(block_n=32 if widest <= 128 else 16, num_warps=4, num_stages=1)
-    table = _DECODE_FP8_CONFIGS if cache_bytes == 1 else _DECODE_CONFIGS
-    if cache_bytes == 1 and num_pairs < _FEW_PAIRS:
-        table = {**table, **_DECODE_FP8_FEW}
-    return table[max(64, widest)]
+    widest = max(64, widest)
+    if group > _NARROW_GROUP and (widest, cache_bytes) in _WIDE_GROUPS:
+        return _WIDE_GROUPS[widest, cache_bytes]
+    for limit, config in _FEW_PAIRS.get((widest, cache_bytes), ()):
+        if num_pairs < limit:
+            return config
+    return (_DECODE_FP8_CONFIGS if cache_bytes == 1 else _DECODE_CONFIGS)[widest]
 
 
 def prefill_config(widest: int, cache_bytes: int, query_bytes: int) -> PrefillConfig:

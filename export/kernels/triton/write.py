@@ -8,21 +8,26 @@ import triton.language as tl
 from .rotate import load_turned
 from .softmax import saturate
 
+ALL, FRESH, CONTINUING = 0, 1, 2
+"""Kinds of sequences that `tiles_kernel` lists: every one, those without cached tokens, and the others."""
+_FRESH, _CONTINUING = tl.constexpr(FRESH), tl.constexpr(CONTINUING)
+
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def write_kernel(
-    q, k, v, cos, sin, q_turned, k_cache, v_cache, out, slot_mapping, query_start, num_seqs,
+    q, k, v, cos, sin, q_turned, k_turned, k_cache, v_cache, out, slot_mapping, query_start, num_seqs,
     q_token, q_head, k_token, k_head, v_token, v_head, cos_token, sin_token,
     kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head,
     BLOCK_SIZE: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
+    ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
     # One row: k [KV, D] and v [KV, DV] to its slot; a padding row's out [H, DV] becomes 0.
-    # ROTATED: k is turned on the way, and q [H, D] to q_turned [T, H, D] (not in padding rows).
+    # ROTATED: k is turned on the way, and q [H, D] to q_turned [T, H, D] (not in padding rows). KEEP_KEYS: the turned k also
+    # to k_turned [T, KV, D], in every row.
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + row)
-    if slot >= 0:
-        block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    if KEEP_KEYS or slot >= 0:
         for start in tl.static_range(0, KV * D, BLOCK):
             index = start + tl.arange(0, BLOCK)
             keep = index < KV * D
@@ -31,8 +36,13 @@ def write_kernel(
                 k + row * k_token + head * k_head, d, keep, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED
             )
             tl.store(
-                k_cache + block * kc_block + offset * kc_offset + head * kc_head + d, saturate(key, k_cache), mask=keep
+                k_cache + block * kc_block + offset * kc_offset + head * kc_head + d,
+                saturate(key, k_cache),
+                mask=keep & (slot >= 0),
             )
+            if KEEP_KEYS:
+                tl.store(k_turned + row * (KV * D) + index, key, mask=keep)
+    if slot >= 0:
         for start in tl.static_range(0, KV * DV, BLOCK):
             index = start + tl.arange(0, BLOCK)
             keep = index < KV * DV
@@ -60,11 +70,11 @@ def write_kernel(
 
 @triton.jit(do_not_specialize=["num_seqs", "bound"])
 def tiles_kernel(
-    query_start, tiles, num_seqs, bound,
+    query_start, seq_lens, tiles, num_seqs, bound, KIND: tl.constexpr,
     MIN_ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     # tiles [1 + bound, 2]: (number of tiles, 0), then (sequence, first row in it) of every tile of BLOCK_Q rows, for the
-    # sequences with MIN_ROWS rows or more. Every program adds up all sequences and writes BLOCK_T tiles.
+    # sequences of KIND with MIN_ROWS rows or more. Every program adds up all sequences and writes BLOCK_T tiles.
     tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     seq = tl.zeros([BLOCK_T], tl.int32)  # the first one whose tiles end behind this tile
     first = tl.zeros([BLOCK_T], tl.int32)  # its first tile
@@ -73,7 +83,12 @@ def tiles_kernel(
         at = start + tl.arange(0, BLOCK_S)
         inside = at < num_seqs
         rows = tl.load(query_start + at + 1, mask=inside, other=0) - tl.load(query_start + at, mask=inside, other=0)
-        count = tl.where(rows >= MIN_ROWS, (rows + BLOCK_Q - 1) // BLOCK_Q, 0)
+        listed = rows >= MIN_ROWS
+        if KIND == _FRESH:
+            listed = listed & (tl.load(seq_lens + at, mask=inside, other=0) == rows)
+        elif KIND == _CONTINUING:
+            listed = listed & (tl.load(seq_lens + at, mask=inside, other=0) != rows)
+        count = tl.where(listed, (rows + BLOCK_Q - 1) // BLOCK_Q, 0)
         end = total + tl.cumsum(count, 0)
         behind = (end[None, :] <= tile[:, None]) & inside[None, :]
         seq += tl.sum(behind.to(tl.int32), 1)
