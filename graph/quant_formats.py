@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linear_format import BLOCK, PACKED_KINDS, LinearFormat, Part, check_divides, part_shapes
+from .linear_format import BLOCK, PACKED_KINDS, LinearFormat, Part, part_shapes
 from .quant_ops import unpack
 from .small_floats import (
     E2M1_MAX,
@@ -23,7 +23,16 @@ from .small_floats import (
     round_to_e2m1,
 )
 
-__all__ = ["LinearFormat", "QuantizedWeight", "dequantize_weight", "effective_scale", "quantize_weight"]
+__all__ = [
+    "LinearFormat",
+    "QuantizedWeight",
+    "decoded_scale",
+    "dequantize_weight",
+    "effective_scale",
+    "quantize_weight",
+    "quantize_with_scale",
+    "round_scaled",
+]
 
 _CHUNK_ELEMENTS = 1 << 22
 """Of a weight that are quantized at a time."""
@@ -42,24 +51,77 @@ class QuantizedWeight:
     global_scale: Tensor | None = None
 
 
-def quantize_weight(weight_NK: Tensor, format: LinearFormat, *, candidates: int = 1) -> QuantizedWeight:
+def quantize_weight(
+    weight_NK: Tensor,
+    format: LinearFormat,
+    *,
+    candidates: int = 1,
+    importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> QuantizedWeight:
     """A float matrix [N, K] rounded to nearest, where it is.
 
     candidates: scales that are tried for each row, group or block, and the one with the least squared error is taken; 1: the scale
-    that max-abs gives, as the format's reference has it. Raises ValueError where groups do not divide K.
+    that max-abs gives, as the format's reference has it. importance [K]: weight of the columns' squared errors; None: all alike.
+    global_scale []: of nvfp4, where it is known; None: from max-abs. Raises ValueError where groups do not divide K.
     """
-    check_divides(format, tuple(weight_NK.shape))
-    shapes = part_shapes(format, tuple(weight_NK.shape))
-    parts = {name: torch.empty(s, dtype=d, device=weight_NK.device) for name, (s, d) in shapes.items()}
+    parts = _empty_parts(weight_NK, format)
     if "global_scale" in parts:
-        parts["global_scale"].copy_((_amax(weight_NK) / (E2M1_MAX * E4M3_MAX)).clamp(min=_TINY))
+        found = (_amax(weight_NK) / (E2M1_MAX * E4M3_MAX)).clamp(min=_TINY) if global_scale is None else global_scale
+        parts["global_scale"].copy_(found)
     if format.group == -1:
         parts["scale"].copy_((_amax(weight_NK) / E4M3_MAX).clamp(min=_TINY))
+    for rows in _row_chunks(weight_NK, format):
+        wide = weight_NK[rows].float()
+        weights = None if importance is None else _to_groups(importance.float().expand(wide.shape), format)
+        groups = _to_groups(wide, format)
+        if format.group == -1:
+            _store_codes(groups, parts["scale"].expand(1, 1, 1), None, wide, format, parts, rows)
+            continue
+        scale, zero_point = _search(groups, format, candidates, parts.get("global_scale"), weights)
+        _store_codes(groups, decoded_scale(scale, parts.get("global_scale")), zero_point, wide, format, parts, rows)
+        at = slice(rows.start // BLOCK, (rows.start + wide.shape[0] + BLOCK - 1) // BLOCK) if format.block else rows
+        parts["scale"][at] = scale.reshape(parts["scale"][at].shape)
+        if zero_point is not None:
+            parts["zero_point"][at] = zero_point.reshape(parts["zero_point"][at].shape).to(torch.uint8)
+    return _weight_of(parts)
+
+
+def quantize_with_scale(weight_NK: Tensor, format: LinearFormat, given: QuantizedWeight) -> QuantizedWeight:
+    """A float matrix [N, K] rounded to nearest with the scales and zero points of `given`, whose values are not read."""
+    parts = _empty_parts(weight_NK, format, only_values=True)
+    for rows in _row_chunks(weight_NK, format):
+        wide = weight_NK[rows].float()
+        scale, zero_point = given.scale, given.zero_point
+        if format.block:
+            scale = scale[rows.start // BLOCK : (rows.start + wide.shape[0] + BLOCK - 1) // BLOCK]
+        elif format.group >= 0:
+            scale, zero_point = scale[rows], None if zero_point is None else zero_point[rows]
+        groups = _to_groups(wide, format)
+        shape = (1, 1, 1) if format.group == -1 else (*groups.shape[:-1], 1)
+        decoded = decoded_scale(scale, given.global_scale).reshape(shape)
+        offset = None if zero_point is None else zero_point.float().reshape(shape)
+        _store_codes(groups, decoded, offset, wide, format, parts, rows)
+    return QuantizedWeight(parts["values"], given.scale, given.zero_point, given.global_scale)
+
+
+def _empty_parts(weight_NK: Tensor, format: LinearFormat, *, only_values: bool = False) -> dict[Part, Tensor]:
+    shapes = part_shapes(format, tuple(weight_NK.shape))
+    return {
+        name: torch.empty(shape, dtype=dtype, device=weight_NK.device)
+        for name, (shape, dtype) in shapes.items()
+        if not only_values or name == "values"
+    }
+
+
+def _row_chunks(weight_NK: Tensor, format: LinearFormat) -> list[slice]:
+    """The rows, some at a time; whole blocks where the format has them."""
     step = max(1, _CHUNK_ELEMENTS // max(weight_NK.shape[1], 1))
     step = max(BLOCK, step // BLOCK * BLOCK) if format.block else step
-    for begin in range(0, weight_NK.shape[0], step):
-        rows = slice(begin, begin + step)
-        _quantize_chunk(weight_NK[rows].float(), format, candidates, parts, begin)
+    return [slice(begin, begin + step) for begin in range(0, weight_NK.shape[0], step)]
+
+
+def _weight_of(parts: dict[Part, Tensor]) -> QuantizedWeight:
     return QuantizedWeight(parts["values"], parts["scale"], parts.get("zero_point"), parts.get("global_scale"))
 
 
@@ -103,23 +165,18 @@ def _amax(weight_NK: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ one chunk
-def _quantize_chunk(
-    wide_NK: Tensor, format: LinearFormat, candidates: int, parts: dict[Part, Tensor], begin: int
+def _store_codes(
+    groups: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    wide_NK: Tensor,
+    format: LinearFormat,
+    parts: dict[Part, Tensor],
+    rows: slice,
 ) -> None:
-    """Quantizes rows of float32 and writes them at row `begin` of the parts."""
-    rows = slice(begin, begin + wide_NK.shape[0])
-    groups = _to_groups(wide_NK, format)
-    if format.group == -1:
-        parts["values"][rows] = _codes(groups, parts["scale"].expand(1, 1, 1), None, format)[0]
-        return
-    given = parts.get("global_scale")
-    scale, zero_point = _search(groups, format, candidates, given)
-    codes = _from_groups(_codes(groups, _decoded(scale, given), zero_point, format), wide_NK, format)
+    """Rounds groups of some rows with their decoded scales, and writes them to the values."""
+    codes = _from_groups(_codes(groups, scale, zero_point, format), wide_NK, format)
     parts["values"][rows] = pack_halves(codes) if format.weights in PACKED_KINDS else codes
-    at = slice(begin // BLOCK, (begin + wide_NK.shape[0] + BLOCK - 1) // BLOCK) if format.block else rows
-    parts["scale"][at] = scale.reshape(parts["scale"][at].shape)
-    if zero_point is not None:
-        parts["zero_point"][at] = zero_point.reshape(parts["zero_point"][at].shape).to(torch.uint8)
 
 
 def _to_groups(wide_NK: Tensor, format: LinearFormat) -> Tensor:
@@ -143,17 +200,21 @@ def _from_groups(groups: Tensor, wide_NK: Tensor, format: LinearFormat) -> Tenso
 
 
 def _search(
-    groups: Tensor, format: LinearFormat, candidates: int, global_scale: Tensor | None
+    groups: Tensor, format: LinearFormat, candidates: int, global_scale: Tensor | None, importance: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The stored scale [A, B, 1] and zero point of each group with the least squared error among `candidates`."""
+    """The stored scale [A, B, 1] and zero point of each group with the least squared error among `candidates`.
+
+    importance: weights of the squared errors, of the groups' shape.
+    """
     best: tuple[Tensor, Tensor | None] | None = None
     least = torch.empty(0)
     for factor in _factors(format, candidates):
         scale, zero_point = _scale_of(groups, format, factor, global_scale)
         if candidates == 1:
             return scale, zero_point
-        decoded = _decoded(scale, global_scale)
-        error = (_restored(groups, decoded, zero_point, format) - groups).square_().sum(-1, keepdim=True)
+        decoded = decoded_scale(scale, global_scale)
+        error = (_restored(groups, decoded, zero_point, format) - groups).square_()
+        error = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
         if best is None:
             best, least = (scale, zero_point), error
             continue
@@ -209,15 +270,14 @@ def _scale_of(
     return (amax / limit).clamp(min=_TINY), None
 
 
-def _decoded(scale: Tensor, global_scale: Tensor | None) -> Tensor:
+def decoded_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:
     """A stored scale in float32, at least the smallest normal number, to divide by."""
     wide = decode_e8m0(scale) if scale.dtype == torch.uint8 else scale.float()
     return (wide if global_scale is None else wide * global_scale).clamp(min=_TINY)
 
 
-def _scaled(groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: LinearFormat) -> Tensor:
-    """Values before they are packed: rounded and saturated, float32; of fp8 and e2m1 as they round."""
-    scaled = groups / scale
+def round_scaled(scaled: Tensor, zero_point: Tensor | None, format: LinearFormat) -> Tensor:
+    """Values before they are packed: weights / scale, rounded and saturated, float32; of fp8 and e2m1 as they round."""
     if format.weights in ("fp8", "mxfp8"):
         return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
     if format.weights in ("nvfp4", "mxfp4"):
@@ -228,13 +288,13 @@ def _scaled(groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: Li
 
 
 def _restored(groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: LinearFormat) -> Tensor:
-    values = _scaled(groups, scale, zero_point, format)
+    values = round_scaled(groups / scale, zero_point, format)
     return (values if zero_point is None else values - zero_point) * scale
 
 
 def _codes(groups: Tensor, scale: Tensor, zero_point: Tensor | None, format: LinearFormat) -> Tensor:
     """What is stored of each value, one element each: float8_e4m3fn, int8, or four bits in uint8."""
-    values = _scaled(groups, scale, zero_point, format)
+    values = round_scaled(groups / scale, zero_point, format)
     if format.weights in ("fp8", "mxfp8"):
         return values.to(torch.float8_e4m3fn)
     if format.weights in ("nvfp4", "mxfp4"):

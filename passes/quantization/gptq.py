@@ -1,0 +1,140 @@
+"""GPTQ: rounding column by column, each column's error answered by the columns that are not rounded yet.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
+For a layer y = x W^T with inputs X [T, K] the loss of a rounded W' is tr((W - W') H (W - W')^T) with H = X^T X (up to a
+factor). With U the upper Cholesky factor of the damped H's inverse, column k is rounded and the error e = (w_k - w'_k) / U_kk is
+taken off the columns j > k as e U_kj (section 3.3, steps 1 to 3). Columns go in blocks: within a block one by one, behind it by
+one matrix product.
+
+Any format whose grid is known beforehand can be rounded so: int4, int8, fp8, nvfp4, mxfp4, mxfp8 (`grid`). Order of the columns:
+
+    "none"     as they are; a group's scales are chosen when its first column is reached, from what compensation made of it
+    "static"   by falling diagonal of H; scales of all groups chosen beforehand: nothing changes for the kernels
+    "gather"   by falling diagonal of H, and stored so: groups of alike columns, for which x is gathered along K by `order`
+
+Memory: float32 copies of W, of H and of its inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...graph.linear_format import LinearFormat, check_divides
+from ...graph.quant_formats import QuantizedWeight
+from .grid import Grid
+
+ActOrder = Literal["none", "static", "gather"]
+
+_MAX_DAMP = 1.0
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight after error-compensated rounding.
+
+    parts: as it is stored. order: int64 [K]; stored column j multiplies x[order[j]]; None: as x is.
+    """
+
+    parts: QuantizedWeight
+    order: Tensor | None = None
+
+
+def gptq(
+    weight_NK: Tensor,
+    hessian_KK: Tensor,
+    format: LinearFormat,
+    *,
+    damp: float = 0.01,
+    block: int = 128,
+    act_order: ActOrder = "none",
+    name: str = "the weight",
+) -> Rounded:
+    """Rounds a float matrix [N, K] to `format` for the least squared error of the layer's output.
+
+    hessian_KK: X^T X of the layer's inputs (any positive factor), float32, on the weight's device; it is not changed. damp: what is
+    added to the diagonal, as a share of its mean. block: columns between two updates of the rest. Raises ValueError where groups
+    do not divide K or H is not positive definite with the largest damping either (1).
+    """
+    check_divides(format, tuple(weight_NK.shape), name)
+    hessian = hessian_KK.float()
+    dead = hessian.diagonal() <= 0  # inputs that were always zero: their weights mean nothing
+    weight = weight_NK.float().masked_fill(dead[None], 0.0)
+    importance = hessian.diagonal().clamp(min=0)
+    if act_order == "none":
+        grid = Grid.of(weight, format, importance)
+        factor = _inverse_factor(hessian, damp, name)
+        return Rounded(grid.encode(_rounded(weight, factor, grid, importance, None, block)))
+    order = torch.argsort(importance, descending=True, stable=True)
+    factor = _inverse_factor(hessian[order][:, order], damp, name)
+    if act_order == "gather":
+        weight, importance = weight[:, order], importance[order]
+        grid = Grid.of(weight, format, importance)
+        return Rounded(grid.encode(_rounded(weight, factor, grid, importance, None, block)), order)
+    grid = Grid.of(weight, format, importance)
+    restored = _rounded(weight[:, order], factor, grid, importance, order.tolist(), block)
+    return Rounded(grid.encode(restored[:, torch.argsort(order)]))
+
+
+def output_error(weight_NK: Tensor, restored_NK: Tensor, hessian_KK: Tensor) -> float:
+    """Squared error of a layer's output over its squared norm: tr(D H D^T) / tr(W H W^T), D = W - W'; 0 where W H W^T is 0."""
+    wide = weight_NK.float()
+    difference = wide - restored_NK.float()
+    error = float(((difference @ hessian_KK) * difference).sum())
+    energy = float(((wide @ hessian_KK) * wide).sum())
+    return error / energy if energy > 0 else 0.0
+
+
+def _inverse_factor(hessian_KK: Tensor, damp: float, name: str) -> Tensor:
+    """The upper Cholesky factor U of the damped matrix's inverse: H^-1 = U^T U. Tries ten times the damping where it has none."""
+    diagonal = hessian_KK.diagonal()
+    mean = float(diagonal.mean())
+    if mean <= 0:
+        return torch.eye(hessian_KK.shape[0], device=hessian_KK.device)
+    while damp <= _MAX_DAMP:
+        damped = hessian_KK.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            damped = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+            if not int(failed):
+                return upper
+        damp *= 10
+    raise ValueError(
+        f"{name}: the inputs' second moments have no Cholesky factor with damping up to {_MAX_DAMP}; they are not finite, or far "
+        "too large for float32"
+    )
+
+
+def _rounded(
+    weight_NK: Tensor, factor_KK: Tensor, grid: Grid, importance_K: Tensor, order: list[int] | None, block: int
+) -> Tensor:
+    """The columns on the grid, each error answered by the columns behind it.
+
+    order: the grid's column of each column; None: the same, and a group's scales are chosen when it is reached.
+    """
+    work = weight_NK.clone()
+    dim, width = work.shape[1], grid.width
+    chosen_here = order is None and grid.grouped
+    if chosen_here:  # a group lies in one block, so that all its columns are up to date when it is reached
+        block = max(block // width, 1) * width
+    for begin in range(0, dim, block):
+        end = min(begin + block, dim)
+        part, factor = work[:, begin:end], factor_KK[begin:end, begin:end]
+        errors = torch.empty_like(part)
+        for column in range(end - begin):
+            index = begin + column
+            if chosen_here and index % width == 0:
+                group = slice(column, column + width)
+                grid.choose(part[:, group], index, importance_K[index : index + width])
+            value = part[:, column].clone()
+            part[:, column] = grid.round(value, index if order is None else order[index])
+            error = (value - part[:, column]) / factor[column, column]
+            part[:, column + 1 :].addr_(error, factor[column, column + 1 :], alpha=-1.0)
+            errors[:, column] = error
+        work[:, end:].addmm_(errors, factor_KK[begin:end, end:], alpha=-1.0)
+    return work
