@@ -69,7 +69,9 @@ _FEW_PAIRS: dict[tuple[int, int], tuple[tuple[int, DecodeConfig], ...]] = {
         (_MANY_PAIRS, DecodeConfig(block_n=64, num_warps=2, num_stages=5, transposed=True)),
     ),
 }
-"""Where latency counts, (widest head size, bytes of a cache element) -> (sequences times kv heads below which it is used, config)."""
+"""Where latency counts: (widest head size, bytes of a cache element) -> pairs of a limit and what is used below it.
+
+The limit is of sequences times kv heads."""
 _NARROW_GROUP = 8
 _WIDE_GROUPS: dict[
     tuple[int, int], DecodeConfig
