@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graph.linear_format import LinearFormat
 from .native_program import Instruction, Program, Unsupported, coalesce, evaluate
+from .native_weights import WeightStore
 
 _UNARY = (
     "neg",
@@ -28,6 +30,8 @@ _UNARY = (
 _BINARY = ("add", "sub", "mul", "div")
 _ACTIVATIONS = {name: _UNARY.index(name) for name in ("silu", "gelu", "gelu_tanh", "relu")}
 _SMALL_PRODUCT = 1 << 16
+_ROUNDINGS = ("none", "int8", "int8_static")
+"""Activations of quantized layers, in the order of ROUND_ROWS' kinds in step_quantized.c."""
 
 VIEWS = frozenset({
     "aten.reshape.default", "aten.view.default", "aten._unsafe_view.default", "aten.transpose.int", "aten.permute.default",
@@ -55,9 +59,9 @@ class Translator:
     Values are meta tensors (in the arena) or real ones (constants: weights and what is computed of weights alone).
     """
 
-    def __init__(self, program: Program, linear_weight: Callable[[Tensor], tuple[Tensor, int, int]]) -> None:
+    def __init__(self, program: Program, store: WeightStore) -> None:
         self.program = program
-        self.linear_weight = linear_weight
+        self.store = store
 
     def node(self, target: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The value of a node. Raises Unsupported."""
@@ -165,12 +169,9 @@ class Translator:
         if weight.is_meta or (bias is not None and bias.is_meta):
             raise Unsupported("a computed weight")
         num_outputs, dim = weight.shape
-        x = self.unit_rows(x)
-        lead, (_, steps) = x.shape[:-1], coalesce(x.shape[:-1], [x.stride()[:-1]], 4)
-        if len(steps[0]) > 1:
-            x = self.contiguous(x)
-        step = x.stride(-2) if len(steps[0]) != 1 else steps[0][0]
-        stored, kind, per_chunk = self.linear_weight(weight)
+        x, step = self._even_rows(x)
+        lead = x.shape[:-1]
+        stored, kind, per_chunk = self.store.linear(weight)
         out = self.program.new((*lead, num_outputs))
         operands: list[Any] = [(out, (num_outputs, 1)), (x, (step, 1)), (stored, (dim, 1)),
                                None if bias is None else (bias.contiguous(), ())]  # fmt: skip
@@ -178,6 +179,46 @@ class Translator:
         self.program.add(
             Instruction("LINEAR", operands, size, kind, chunks=-(-num_outputs // per_chunk), number=(per_chunk, 0))
         )
+        return out
+
+    def _even_rows(self, x: Tensor) -> tuple[Tensor, int]:
+        """x [..., K], copied where its rows have no one stride, and that stride."""
+        x = self.unit_rows(x)
+        _, steps = coalesce(x.shape[:-1], [x.stride()[:-1]], 4)
+        if len(steps[0]) > 1:
+            x = self.contiguous(x)
+        return x, x.stride(-2) if len(steps[0]) != 1 else steps[0][0]
+
+    def quantized_linear(
+        self, x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, global_scale: Tensor | None,
+        bias: Tensor | None, x_scale: Tensor | None, format: str,
+    ) -> Tensor:  # fmt: skip
+        """camshaft::quantized_linear on int8 and int4 weights: the rows of x rounded to integers, then integer products."""
+        self._float(x, bias)
+        parsed = LinearFormat.parse(format)
+        if parsed.activations not in _ROUNDINGS:
+            raise Unsupported(f"{parsed.activations} activations")
+        if any(tensor is not None and tensor.is_meta for tensor in (weight, scale, zero_point, bias, x_scale)):
+            raise Unsupported("a computed weight")
+        panels = self.store.integers(weight, scale, zero_point, parsed)
+        x, step = self._even_rows(x)
+        num_rows = x.numel() // x.shape[-1]
+        rounded = self.program.new((num_rows, panels.num_groups * panels.group), torch.int16)
+        sums = self.program.new((num_rows, panels.num_groups, 2))
+        static = None if x_scale is None else (x_scale.float().contiguous(), ())
+        operands: list[Any] = [(rounded, ()), (x, (step, 1)), static, None, (sums, ())]
+        size = (panels.num_groups, num_rows, x.shape[-1], panels.group)
+        self.program.add(Instruction("ROUND_ROWS", operands, size, _ROUNDINGS.index(parsed.activations)))
+        out = self.program.new((*x.shape[:-1], panels.num_outputs))
+        added = None if bias is None else (bias.contiguous(), ())
+        operands = [(out, (panels.num_outputs, 1)), (rounded, ()), (panels.stored, ()), added, (sums, ())]
+        size = (panels.num_groups, num_rows, panels.num_outputs, panels.group)
+        self.program.add(
+            Instruction(
+                "LINEAR_INT", operands, size, int(panels.four_bits) + 2 * int(panels.has_zero_points),
+                chunks=-(-panels.num_outputs // panels.per_chunk), number=(panels.per_chunk, panels.zero_point),
+            )
+        )  # fmt: skip
         return out
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
@@ -349,4 +390,5 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "camshaft.add_rms_norm.default": Translator.add_rms_norm,
     "camshaft.rope.default": Translator.rope,
     "camshaft.glu.default": Translator.glu,
+    "camshaft.quantized_linear.default": Translator.quantized_linear,
 }

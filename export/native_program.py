@@ -12,9 +12,9 @@ writes a new buffer, and the buffers are then laid into one arena, where one tak
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ from torch import Tensor
 from ..graph.serialize import decode_value, find_target
 from .segment import AttentionStep, Plan, SegmentStep
 
+if TYPE_CHECKING:
+    from .native_weights import WeightStore
+
 _INSTRUCTION = struct.Struct("@3q4q2q2d" + "P4q" * 5)  # instr_t in step_ops.c
 _ATTENTION = struct.Struct("@12P24q2d")  # args_t in cpu.c
 _ALIGN = 64
 _META = torch.device("meta")
 OPS = ("COPY", "UNARY", "BINARY", "BINARY_INT", "GATHER", "RMS_NORM", "LAYER_NORM", "MEAN", "ROPE", "GLU", "MATMUL",
-       "LINEAR", "ATTENTION")  # fmt: skip
+       "LINEAR", "ATTENTION", "ROUND_ROWS", "LINEAR_INT")  # fmt: skip
 """The instructions, in the order of step_ops.c."""
 
 
@@ -156,15 +159,13 @@ def translate(
     plan: Plan,
     weights: Mapping[str, Tensor],
     caches: Sequence[tuple[Tensor, Tensor]],
-    linear_weight: Callable[[Tensor], tuple[Tensor, int, int]],
+    store: WeightStore,
     num_tokens: int,
     num_rows: int,
 ) -> Program:
     """The program of a plan for T tokens and R sampled rows.
 
-    linear_weight: a weight [N, K] as the interpreter reads it, its kind (0: rows of float32, 1: panels of
-    bfloat16) and how many outputs a chunk computes.
-    Raises Unsupported.
+    store: makes weights what the interpreter reads. Raises Unsupported.
     """
     from .native_ops import Translator
 
@@ -174,7 +175,7 @@ def translate(
         shape = (num_rows,) if name == "sample_rows" else (1, num_tokens)
         slots[name] = program.inputs[name] = program.new(shape, torch.int64)
         program.touch(slots[name], 0)
-    translator = Translator(program, linear_weight)
+    translator = Translator(program, store)
     for step in plan.steps:
         if isinstance(step, AttentionStep):
             slots[step.output] = _attention(program, translator, step, slots, weights, caches)

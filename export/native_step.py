@@ -1,8 +1,8 @@
 """The native step: a decode step of few tokens as one call into kernels/step.c, without a session or a call per segment.
 
 With few tokens a step takes as long as reading the weights does. Where a float32 weight holds bfloat16 values exactly, as those
-of most checkpoints do, the step reads a bfloat16 copy of it: the same numbers from half the memory. Steps of more tokens, and
-plans with an operator that it does not have, go through the target's engines.
+of most checkpoints do, the step reads a bfloat16 copy of it: the same numbers from half the memory. Quantized layers keep their
+int8 or int4 weights. Steps of more tokens, and plans with an operator that it does not have, go through the target's engines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import ctypes
 import functools
 import logging
 import struct
-import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from .kernels.cpu import raise_status
 from .kernels.native import NativeBuildError, build_library
 from .native_ops import supported
 from .native_program import Program, Unsupported, translate
+from .native_weights import WeightStore
 from .segment import Plan
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ _STEP = struct.Struct("@P2q" + "2Pq" * 4 + "2PqP2q")  # step_t in step.c
 _GROUP = struct.Struct("@2P2q")  # group_t in step.c
 _BAD_INDEX = 6
 _ALIGN = 64
-_CHUNK_BYTES = 32768
-"""Weights that a thread takes at a time: a few microseconds of work, against tens of nanoseconds for the taking."""
 
 
 @functools.cache
@@ -85,37 +83,6 @@ def outlook(plan: Plan, build: BuildConfig) -> str:
     return f"no native step: {reason}" if reason else f"native step up to {MAX_TOKENS} tokens, as far as the plan tells"
 
 
-class WeightStore:
-    """Weights of linear layers as the interpreter reads them, each once."""
-
-    def __init__(self, panel: int) -> None:
-        self.panel = panel
-        self.copied_bytes = 0
-        self._stored: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, tuple[Tensor, int, int]]] = {}
-
-    def linear(self, weight_NK: Tensor) -> tuple[Tensor, int, int]:
-        """(tensor, kind, outputs per chunk): bfloat16 panels (drawn in step_ops.c) where exact, else float32 in place."""
-        key = (weight_NK.data_ptr(), weight_NK.shape, weight_NK.stride())
-        if key not in self._stored:
-            packed = self._pack(weight_NK) if sys.byteorder == "little" else None
-            stored = weight_NK.contiguous() if packed is None else packed
-            if stored is not weight_NK:
-                self.copied_bytes += stored.numel() * stored.element_size()
-            row_bytes, step = (4 * weight_NK.shape[1], 4) if packed is None else (2 * weight_NK.shape[1], self.panel)
-            per_chunk = max(1, round(_CHUNK_BYTES / row_bytes / step)) * step
-            # the weight itself is kept so that its address stays its own
-            self._stored[key] = weight_NK, (stored, int(packed is not None), per_chunk)
-        return self._stored[key][1]
-
-    def _pack(self, weight_NK: Tensor) -> Tensor | None:
-        half = weight_NK.to(torch.bfloat16)
-        if not torch.equal(half.float(), weight_NK):
-            return None
-        num_outputs, dim = half.shape
-        half = torch.nn.functional.pad(half, (0, dim % 2, 0, -num_outputs % self.panel))
-        return half.unflatten(0, (-1, self.panel)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
-
-
 class NativeStep:
     """Runs steps of up to `max_tokens` tokens of a plan.
 
@@ -150,7 +117,7 @@ class NativeStep:
         """Writes the largest program, for its arena and all copies of weights. Raises Unsupported."""
         with torch.inference_mode():
             size = self.max_tokens
-            program = translate(self._plan, self._weights, caches, self._store.linear, size, size)
+            program = translate(self._plan, self._weights, caches, self._store, size, size)
         self._arena = _arena(program.arena_bytes)
 
     def takes(self, batch: Any) -> bool:
@@ -181,7 +148,7 @@ class NativeStep:
         assert self._caches is not None
         with torch.inference_mode():
             program = translate(
-                self._plan, self._weights, self._caches, self._store.linear, num_tokens, num_rows
+                self._plan, self._weights, self._caches, self._store, num_tokens, num_rows
             )  # fmt: skip
         while len(self._ready) >= _MAX_PROGRAMS:
             del self._ready[next(iter(self._ready))]

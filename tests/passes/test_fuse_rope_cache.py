@@ -13,6 +13,7 @@ from camshaft.export.build import passes_of
 from camshaft.export.engine import Engine
 from camshaft.export.kernels.rope import Rope
 from camshaft.export.native_program import Unsupported, translate
+from camshaft.export.native_weights import WeightStore
 from camshaft.export.partition import partition
 from camshaft.export.segment import AttentionStep, Plan, SegmentStep
 from camshaft.graph.program import Program
@@ -189,7 +190,7 @@ def test_native_steps_refuse() -> None:
         for c in program.cache.layers
     ]
     with pytest.raises(Unsupported, match="rope inside attention"):
-        translate(plan, weights, caches, lambda weight: (weight, 0, 16), 1, 1)
+        translate(plan, weights, caches, WeightStore(16), 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
