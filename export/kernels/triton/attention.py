@@ -211,7 +211,9 @@ def paged_attention(
                 _decode(call, decode, max_seq_len, state, write=False)
             if tiles is not None:
                 _prefill_fresh(call, tiles, state)
-            _prefill(call, prefill, None if batch_invariant else max_query_len, state, ALL if tiles is None else CONTINUING)
+            _prefill(
+                call, prefill, None if batch_invariant else max_query_len, state, ALL if tiles is None else CONTINUING
+            )
     return out
 
 
@@ -223,7 +225,9 @@ def _fresh_tiles(call: _Call, fresh: Fresh) -> FreshConfig | None:
         return None
     reason = why_not_fresh(call.q, call.k, call.v, call.rope)
     if reason or call.group > fresh.block_m:
-        raise ValueError(f"paged_attention: fresh={fresh}, {call.group} query heads of a kv head; {reason or 'too many'}")
+        raise ValueError(
+            f"paged_attention: fresh={fresh}, {call.group} query heads of a kv head; {reason or 'too many'}"
+        )
     return fresh
 
 

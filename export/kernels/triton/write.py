@@ -27,7 +27,7 @@ def write_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + row)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    if KEEP_KEYS or slot >= 0:
+    if (slot >= 0) | KEEP_KEYS:
         for start in tl.static_range(0, KV * D, BLOCK):
             index = start + tl.arange(0, BLOCK)
             keep = index < KV * D
