@@ -172,9 +172,10 @@ def operators() -> dict[str, Emit]:
     """The table: operator names to the functions that write them."""
     from .onnx_nn_ops import NN_OPERATORS
     from .onnx_ops import OPERATORS
+    from .onnx_quant_ops import QUANT_OPERATORS
     from .onnx_shape_ops import SHAPE_OPERATORS
 
-    return {**OPERATORS, **NN_OPERATORS, **SHAPE_OPERATORS}
+    return {**OPERATORS, **NN_OPERATORS, **SHAPE_OPERATORS, **QUANT_OPERATORS}
 
 
 def emit(builder: Builder, table: dict[str, Emit], node: fx.Node, values: dict[fx.Node, Any], output: Any) -> Any:
