@@ -62,7 +62,8 @@ def quantize_weight(
     """A float matrix [N, K] rounded to nearest, where it is.
 
     candidates: scales that are tried for each row, group or block, and the one with the least squared error is taken; 1: the scale
-    that max-abs gives, as the format's reference has it. importance [K]: weight of the columns' squared errors; None: all alike.
+    that max-abs gives, as the format's reference has it. importance: weight of the columns' squared errors [K], or for groups along K
+    the matrices B [K / g, g, g] of errors e B e^T; None: all alike.
     global_scale []: of nvfp4, where it is known; None: from max-abs. Raises ValueError where groups do not divide K.
     """
     parts = _empty_parts(weight_NK, format)
@@ -73,7 +74,7 @@ def quantize_weight(
         parts["scale"].copy_((_amax(weight_NK) / E4M3_MAX).clamp(min=_TINY))
     for rows in _row_chunks(weight_NK, format):
         wide = weight_NK[rows].float()
-        weights = None if importance is None else _to_groups(importance.float().expand(wide.shape), format)
+        weights = _group_importance(importance, wide, format)
         groups = _to_groups(wide, format)
         if format.group == -1:
             _store_codes(groups, parts["scale"].expand(1, 1, 1), None, wide, format, parts, rows)
@@ -204,7 +205,7 @@ def _search(
 ) -> tuple[Tensor, Tensor | None]:
     """The stored scale [A, B, 1] and zero point of each group with the least squared error among `candidates`.
 
-    importance: weights of the squared errors, of the groups' shape.
+    importance: see `_group_importance`.
     """
     best: tuple[Tensor, Tensor | None] | None = None
     least = torch.empty(0)
@@ -213,8 +214,7 @@ def _search(
         if candidates == 1:
             return scale, zero_point
         decoded = decoded_scale(scale, global_scale)
-        error = (_restored(groups, decoded, zero_point, format) - groups).square_()
-        error = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
+        error = _squared(_restored(groups, decoded, zero_point, format) - groups, importance)
         if best is None:
             best, least = (scale, zero_point), error
             continue
@@ -230,6 +230,26 @@ def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     if yes.dtype != torch.float8_e4m3fn:
         return torch.where(condition, yes, no)
     return torch.where(condition, yes.view(torch.uint8), no.view(torch.uint8)).view(yes.dtype)  # float8 has no where
+
+
+def _group_importance(importance: Tensor | None, wide_NK: Tensor, format: LinearFormat) -> Tensor | None:
+    """Weights of squared errors: of the groups' shape [A, B, g], or a matrix for each group along K [1, B, g, g]; None: all alike."""
+    if importance is None:
+        return None
+    if importance.dim() == 3:
+        assert format.group > 0 and not format.block, format
+        return importance.float()[None]
+    return _to_groups(importance.float().expand(wide_NK.shape), format)
+
+
+def _squared(difference: Tensor, importance: Tensor | None) -> Tensor:
+    """Weighted squared errors [A, B, 1] of groups [A, B, g]."""
+    if importance is None:
+        return difference.square_().sum(-1, keepdim=True)
+    if importance.dim() == 4:
+        product = torch.matmul(difference.transpose(0, 1), importance[0]).transpose(0, 1)
+        return product.mul_(difference).sum(-1, keepdim=True)
+    return difference.square_().mul_(importance).sum(-1, keepdim=True)
 
 
 def _factors(format: LinearFormat, candidates: int) -> list[float]:

@@ -195,7 +195,7 @@ class CalibrationRun:
 
     def weight_key(self, layer: fx.Node) -> str:
         """Name of a linear layer's weight."""
-        return self._specs[layer.args[1].name].key  # type: ignore[union-attr]
+        return self._specs[layer.args[1].name].key
 
     def load(self, placeholder: Any) -> Tensor:
         """A weight on the run's device; kept until its segment is done."""
@@ -252,6 +252,8 @@ class CalibrationRun:
                 chunk.values[node] = self._call(node, chunk)
                 for dead in self._dies.get(node, ()):
                     chunk.values.pop(dead, None)
+        for node in calls:
+            self.replaced.pop(node, None)
         self._loaded.clear()
 
     def _call(self, node: fx.Node, chunk: _Chunk) -> Any:
