@@ -1,6 +1,6 @@
 """The Triton attention kernels on a GPU: numerics against the reference, then decode, prefill and mixed steps, timed.
 
-    python3 bench/gpu_attention.py --out OUT [--sweep decode|prefill|all] [--peers] [--skip decode,mixed]
+    python3 bench/gpu_attention.py --out OUT [--sweep decode|prefill|all] [--peers] [--skip decode,mixed] [--only fresh]
 
 Llama-3.1-8B's attention (32 heads, 8 kv heads, size 128, blocks of 16 tokens), bfloat16 queries; one call is one layer.
 A CUDA graph holds calls over several layers' caches, more bytes than the second-level cache. Shares are of 4.0 TB/s
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import attention_fresh
 import attention_rope
 import torch
 import triton as triton_package
@@ -276,8 +277,11 @@ def main() -> int:
     parser.add_argument("--sweep", choices=("decode", "prefill", "all"))
     parser.add_argument("--peers", action="store_true", help="FlashInfer, if it imports")
     parser.add_argument(
-        "--skip", default="", help="of numerics, decode, latency, uneven, prefill, mixed, rope numerics, rope"
+        "--skip",
+        default="",
+        help="of numerics, decode, latency, uneven, prefill, mixed, rope numerics, rope, fresh numerics, fresh",
     )
+    parser.add_argument("--only", default="", help="of the same; 'fresh' stands for its numerics, too")
     parser.add_argument("--threads", type=int, default=8, help="that compile in a sweep")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -290,6 +294,8 @@ def main() -> int:
         "mixed": mixed_rows,
         "rope numerics": attention_rope.numerics,
         "rope": attention_rope.rows,
+        "fresh numerics": lambda: attention_fresh.numerics(options.threads),
+        "fresh": attention_fresh.rows,
     }
     for kind in ("decode", "prefill"):
         if options.sweep in (kind, "all"):
@@ -298,8 +304,9 @@ def main() -> int:
         "command": "python3 " + " ".join(sys.argv), "gpu": torch.cuda.get_device_name(), "python": platform.python_version(),
         "torch": torch.__version__, "triton": triton_package.__version__,
     }  # fmt: skip
+    only = options.only.replace("fresh", "fresh numerics,fresh") if options.only else ",".join(sections)
     for name, function in sections.items():
-        if name in options.skip.split(","):
+        if name in options.skip.split(",") or name not in only.split(","):
             continue
         start = time.perf_counter()
         with torch.inference_mode():
@@ -307,10 +314,11 @@ def main() -> int:
         results[f"{name} s"] = round(time.perf_counter() - start, 1)
         (options.out / "gpu-attention.json").write_text(json.dumps(results, indent=1))
     for name in sections:
-        if name != "numerics" and name in results:
+        if not name.endswith("numerics") and name in results:
             print(f"\n{name} ({results[f'{name} s']} s)")
             show(results[name])
-    checks = [entry for name in ("numerics", "rope numerics") for entry in results.get(name, [])]
+    names = ("numerics", "rope numerics", "fresh numerics")
+    checks = [entry for name in names for entry in results.get(name, []) if entry.get("ours", True)]
     return 0 if all(entry["ok"] for entry in checks) else 1
 
 
