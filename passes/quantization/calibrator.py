@@ -102,7 +102,7 @@ class Calibrator:
             statistics = InputStatistics.of(inputs.chunks(), moment=moment)
             made = quantize_group(plans, weights, statistics, inputs.chunks, value_heads(inputs.x))
             for layer, quantized in made.items():
-                inputs.set_layer(layer, _emulated(quantized, _bias(inputs, layer), weights[layer].dtype))
+                use_layer(inputs, layer, quantized)
                 found[layer] = copies.of(quantized)
         return found
 
@@ -214,7 +214,7 @@ def _rounded_moment(
     return moment
 
 
-def _emulated(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def emulated(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The layer as a function of x: inputs rounded as the format says, products in the compute dtype."""
     dense = dequantize_weight(layer.weight, layer.format, dtype)
 
@@ -231,36 +231,47 @@ def _emulated(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) ->
     return function
 
 
-def _bias(inputs: LayerInput, layer: fx.Node) -> Tensor | None:
+def use_layer(inputs: LayerInput, layer: fx.Node, quantized: QuantizedLayer) -> None:
+    """Lets a quantized layer stand for the one that it was made of."""
     bias = layer.args[2] if len(layer.args) > 2 else None
-    return None if bias is None else inputs.run.load(bias)
+    loaded = None if bias is None else inputs.run.load(bias)
+    inputs.set_layer(layer, emulated(_on(quantized, inputs.run.device), loaded, inputs.weight(layer).dtype))
+
+
+def _on(layer: QuantizedLayer, device: torch.device) -> QuantizedLayer:
+    """The layer with all tensors on a device."""
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    stored = layer.weight
+    return replace(
+        layer,
+        weight=QuantizedWeight(
+            stored.values.to(device), stored.scale.to(device), moved(stored.zero_point), moved(stored.global_scale)
+        ),
+        channel_factor=moved(layer.channel_factor),
+        order=moved(layer.order),
+        x_scale=moved(layer.x_scale),
+    )
 
 
 class _HostCopies:
-    """Results in host memory, so that they do not fill the device; what layers share stays one tensor."""
+    """Results in host memory, so that they do not fill the device; a channel factor that layers share stays one tensor."""
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._factors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def of(self, layer: QuantizedLayer) -> QuantizedLayer:
         """The layer with its tensors in host memory."""
-        stored = layer.weight
-        zero_point = None if stored.zero_point is None else stored.zero_point.cpu()
-        global_scale = None if stored.global_scale is None else stored.global_scale.cpu()
-        return replace(
-            layer,
-            weight=QuantizedWeight(stored.values.cpu(), stored.scale.cpu(), zero_point, global_scale),
-            channel_factor=self._one(layer.channel_factor),
-            order=self._one(layer.order),
-            x_scale=self._one(layer.x_scale),
-        )
-
-    def _one(self, tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        if id(tensor) not in self._copies:
-            self._copies[id(tensor)] = tensor, tensor.cpu()  # the first keeps the id from being used again
-        return self._copies[id(tensor)][1]
+        copied = _on(layer, torch.device("cpu"))
+        factor = layer.channel_factor
+        if factor is None or copied.channel_factor is None:
+            return copied
+        _, shared = self._factors.setdefault(
+            id(factor), (factor, copied.channel_factor)
+        )  # the first keeps its id in use
+        return replace(copied, channel_factor=shared)
 
 
 def _enough(statistics: InputStatistics | None, plan: LayerPlan) -> bool:

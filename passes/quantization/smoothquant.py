@@ -1,7 +1,8 @@
 """SmoothQuant: channels of large activations are divided, and the weights that read them multiplied, before both are rounded.
 
 Xiao, Lin, Seznec, Wu, Demouth, Han 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
-Models", section 4, equation 4: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), y = (x / s) (W s)^T. alpha 0.5 shares the difficulty equally.
+Models", section 4, equation 4: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), y = (x / s) (W s)^T. alpha 0.5 shares the difficulty
+equally.
 """
 
 from __future__ import annotations
