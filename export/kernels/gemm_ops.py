@@ -5,6 +5,7 @@
     camshaft::scaled_linear              (defined in graph/quant_ops.py; its CUDA kernels are registered here)
     camshaft::invariant_scaled_linear    scaled_linear, with a row's result independent of the other rows, to the last bit
     camshaft::weight_only_linear         scaled_linear of rows that are not quantized; made by `inline_one_row`
+    camshaft::quantized_linear           (defined in graph/quantized_linear.py; its CUDA kernels are those of `quantized`)
 
 Operators that end in a quantization have kernels written by hand (`row_quantize`), used where WHOLE_QUANTIZATIONS names them:
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from ...graph import ops as _semantic_ops  # noqa: F401  defines the operators
 from ...graph import quant_ops
 from ...graph.registry import define, implement
+from .quantized import operator as _quantized_operator  # noqa: F401  registers kernels
 
 EARLY_LAUNCHES = False
 """Whether compiled segments launch each kernel as the one before it ends (programmatic dependent launch, 9.0 and later)."""
@@ -47,6 +49,7 @@ _WIDEST_ROW = 32768
 """Values: `row_quantize.MAX_WIDTH`. A gate's input has twice as many."""
 _ATEN_LINEAR = torch.ops.aten.linear.default
 _SCALED = torch.ops.camshaft.scaled_linear.default
+_QUANTIZED = torch.ops.camshaft.quantized_linear.default
 _aten = torch.ops.aten
 _PRODUCTS = (_aten.matmul.default, _aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default)
 
@@ -173,12 +176,21 @@ def inline_around(inline: Inline, *, batch_invariant: bool) -> Inline:
             return functools.partial(_outer, target)
         if target is _SCALED:
             return torch.ops.camshaft.invariant_scaled_linear.default if batch_invariant else None
+        if target is _QUANTIZED:
+            return _refuse_quantized if batch_invariant else None
         definition = inline(target)
         if definition is not None and any(target is _overload(name) for name in WHOLE_QUANTIZATIONS):
             return functools.partial(_whole_quantization, target, definition)
         return definition
 
     return chosen
+
+
+def _refuse_quantized(*args: Any) -> Tensor:
+    raise ValueError(
+        f"batch_invariant: no kernel for a linear layer in {args[-1]}, allowed: fp8/fp8 (quantize='fp8'); build without "
+        "batch_invariant"
+    )
 
 
 def _overload(name: str) -> Any:

@@ -6,8 +6,8 @@
     tile [BLOCK_M, BLOCK_N]: the sum over K runs from 0 to K in steps of BLOCK_K, in one fp32 accumulator, never split
 
 So a row's result depends on that row, the weight and the configuration: with the configuration fixed, not on T nor on other rows
-(batch invariance; He et al. 2025, "Defeating Nondeterminism in LLM Inference"). fp8 operands carry scales, x_scale [T] and
-weight_scale [N], applied to the fp32 sum.
+(batch invariance; He et al. 2025, "Defeating Nondeterminism in LLM Inference"). fp8 and int8 operands carry scales, x_scale [T] and
+weight_scale [N], applied to the sum, fp32 or int32.
 
 Import this module only where Triton is installed. TRITON_INTERPRET=1 runs it on CPU tensors, slowly.
 """
@@ -46,7 +46,7 @@ class TiledConfig:
 def _tiled_kernel(
     x, weight, x_scale, weight_scale, bias, out, num_rows, N, K, programs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SCALED: tl.constexpr,
-    BIAS: tl.constexpr,
+    BIAS: tl.constexpr, INTEGER: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=True):
@@ -55,21 +55,22 @@ def _tiled_kernel(
         height = tl.minimum(tiles_m - group_m, GROUP)
         m0 = (group_m + tile % per_group % height) * BLOCK_M
         n0 = tile % per_group // height * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGER else tl.float32)
         for step in range(tl.cdiv(K, BLOCK_K)):
             rows = x.load([m0, step * BLOCK_K])  # zeros beyond the tensor
             w = weight.load([n0, step * BLOCK_K])
-            acc = tl.dot(rows, w.T, acc)
+            acc = tl.dot(rows, w.T, acc, out_dtype=acc.dtype)
+        total = acc.to(tl.float32)
         m = m0 + tl.arange(0, BLOCK_M)
         n = n0 + tl.arange(0, BLOCK_N)
         keep_m, keep_n = m < num_rows, n < N
         if SCALED:
             row = tl.load(x_scale + m, mask=keep_m, other=0.0)
-            acc = acc * row[:, None] * tl.load(weight_scale + n, mask=keep_n, other=0.0)[None, :]
+            total = total * row[:, None] * tl.load(weight_scale + n, mask=keep_n, other=0.0)[None, :]
         if BIAS:
-            acc += tl.load(bias + n, mask=keep_n, other=0.0).to(tl.float32)[None, :]
+            total += tl.load(bias + n, mask=keep_n, other=0.0).to(tl.float32)[None, :]
         at = out + m.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=keep_m[:, None] & keep_n[None, :])
+        tl.store(at, total.to(out.dtype.element_ty), mask=keep_m[:, None] & keep_n[None, :])
 
 
 def multiply_tiled(
@@ -93,7 +94,7 @@ def multiply_tiled(
             TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
             x_scale, weight_scale, bias, out, num_rows, n, k, programs,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP=config.group,
-            SCALED=x_scale is not None, BIAS=bias is not None,
+            SCALED=x_scale is not None, BIAS=bias is not None, INTEGER=x.dtype == torch.int8,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out

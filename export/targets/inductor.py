@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ...graph import ops
+from ...graph.linear_format import PACKED_KINDS, LinearFormat
 from ..kernels import gemm_ops
 from ..kernels.errors import and_kernel_errors, reason_of
 from ..segment import Segment
@@ -35,6 +36,7 @@ _ONE_ROW = "one_row"
 """The name of a segment's variant for one token."""
 _INVARIANT = "camshaft.invariant_"
 """How the names of batch-invariant operators begin."""
+_QUANTIZED = "camshaft.quantized_linear.default"
 
 
 def _options(request: LowerRequest) -> dict[str, bool]:
@@ -62,6 +64,19 @@ def linear_layers(segment: Segment) -> list[tuple[int, int, torch.dtype, bool]]:
     return list(found)
 
 
+def quantized_layers(segment: Segment) -> list[tuple[int, int, str, bool, bool]]:
+    """(N, K, format, whether there is a bias, and a scale for the input) of the layers in stored formats, each once."""
+    weights = {entry["name"]: entry for entry in segment.placeholders[segment.num_inputs :]}
+    found: dict[tuple[int, int, str, bool, bool], None] = {}
+    for entry in segment.nodes:
+        if entry["op"] == "call_function" and entry["target"] == _QUANTIZED:
+            _, weight, *_, bias, x_scale, name = entry["args"]
+            rows, columns = weights[weight["node"]]["shape"]
+            packed = LinearFormat.parse(name).weights in PACKED_KINDS
+            found[rows, columns * (2 if packed else 1), name, bias is not None, x_scale is not None] = None
+    return list(found)
+
+
 def _prepare_kernels(segment: Segment, device: torch.device, *, one_row: bool, batch_invariant: bool) -> None:
     from ..kernels import gemm
 
@@ -70,6 +85,11 @@ def _prepare_kernels(segment: Segment, device: torch.device, *, one_row: bool, b
         dtype = getattr(torch, min(dtypes))
         layers = [gemm.Layer(*layer) for layer in linear_layers(segment)]
         gemm.prepare(layers, dtype, device, one_row=one_row, batch_invariant=batch_invariant)
+        quantized = quantized_layers(segment)
+        if quantized:
+            from ..kernels.quantized.prepare import QuantizedLayer, prepare
+
+            prepare([QuantizedLayer(*layer) for layer in quantized], dtype, device)
 
 
 class _InductorSegment:

@@ -109,7 +109,7 @@ def twice(x):
 
 
 @triton.jit
-def _plain(words, p: tl.constexpr, zero_point, factor, KIND: tl.constexpr, dtype: tl.constexpr):
+def plain(words, p: tl.constexpr, zero_point, factor, KIND: tl.constexpr, dtype: tl.constexpr):
     # Value p of each word; zero_point and factor: float32 of the words' shape, or None
     if KIND == "int4":
         if zero_point is None:
@@ -135,16 +135,16 @@ def _plain(words, p: tl.constexpr, zero_point, factor, KIND: tl.constexpr, dtype
 
 @triton.jit
 def _unpack_plain(words, zero_point, factor, KIND: tl.constexpr, dtype: tl.constexpr):
-    v0 = _plain(words, 0, zero_point, factor, KIND, dtype)
-    v1 = _plain(words, 1, zero_point, factor, KIND, dtype)
-    v2 = _plain(words, 2, zero_point, factor, KIND, dtype)
-    v3 = _plain(words, 3, zero_point, factor, KIND, dtype)
+    v0 = plain(words, 0, zero_point, factor, KIND, dtype)
+    v1 = plain(words, 1, zero_point, factor, KIND, dtype)
+    v2 = plain(words, 2, zero_point, factor, KIND, dtype)
+    v3 = plain(words, 3, zero_point, factor, KIND, dtype)
     if KIND == "int8" or KIND == "fp8":
         return _join4(v0, v1, v2, v3)
-    v4 = _plain(words, 4, zero_point, factor, KIND, dtype)
-    v5 = _plain(words, 5, zero_point, factor, KIND, dtype)
-    v6 = _plain(words, 6, zero_point, factor, KIND, dtype)
-    v7 = _plain(words, 7, zero_point, factor, KIND, dtype)
+    v4 = plain(words, 4, zero_point, factor, KIND, dtype)
+    v5 = plain(words, 5, zero_point, factor, KIND, dtype)
+    v6 = plain(words, 6, zero_point, factor, KIND, dtype)
+    v7 = plain(words, 7, zero_point, factor, KIND, dtype)
     return _join8(v0, v1, v2, v3, v4, v5, v6, v7)
 
 

@@ -3,7 +3,7 @@
 A program owns a tile of BLOCK_N rows of the weight, BLOCK_M rows of x and a span of K. It reads words of 32 bits, unpacks them in
 registers (`unpack`) and multiplies on the tensor cores, with the weight as the left or as the right operand.
 
-    scales   on the values     (value - zero_point) * scale is rounded to x's dtype: exact for e2m1 and e4m3 values with e4m3 or e8m0
+    scales   on the values     (value - zero_point) * scale, rounded to x's dtype: exact for e2m1 and e4m3 values with e4m3 or e8m0
                                scales; integers with float32 scales lose up to two roundings of 8 bits
              on the sums       float32, exact: after a step of K within one group, or after the last, for scales of whole rows
     K split  in SPLITS         partial sums -> workspace [SPLITS, T, N] float32; who arrives last adds them in order
