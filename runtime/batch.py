@@ -16,16 +16,19 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..export.engine import CacheGroupSpec
-from .packing import PackedTransfer, Spec
+from .packing import PackedTransfer, Spec, upload
 from .plan import ScheduledRequest, StepPlan
 from .request import Request
+
+if TYPE_CHECKING:
+    from .speculative.verification import StepDrafts
 
 _REPEAT_SEQUENCES = 16
 """Most sequences of a batch of decodes that is filled in again; from about there on whole arrays are quicker."""
@@ -169,7 +172,7 @@ class BatchBuilder:
             self._decodes = None
             self._repeat = None
 
-    def build(self, plan: StepPlan, in_flight: torch.Tensor | None = None) -> Batch:
+    def build(self, plan: StepPlan, in_flight: torch.Tensor | None = None, drafts: StepDrafts | None = None) -> Batch:
         """The batch of a plan.
 
         Rows of the plan keep their order; `sample_rows` lists each request's last `num_logit_rows` rows.
@@ -177,6 +180,7 @@ class BatchBuilder:
         Args:
             in_flight: [R'] int64 on the device, what the last batch's rows sampled, for a plan on top of its step;
                 values below 0 are taken for 0.
+            drafts: of a plan with drafts; needed where their values are on the device alone.
         """
         for request_id in (*plan.preempted, *plan.left):
             self.release(request_id)
@@ -211,6 +215,8 @@ class BatchBuilder:
         sent = self._transfer.send()
         if in_flight is not None and sources:
             _feed(sent[0][:sources], in_flight, None if identity else sent[3 + num_groups])
+        if drafts is not None and drafts.on_device:
+            self._write_drafts(plan, sent[0], drafts)
         groups = tuple(map(GroupMetadata, sent[3 : 3 + num_groups], sent[6 + num_groups :]))
         batch = Batch(sent[0], sent[1], groups, sent[4 + num_groups], sent[5 + num_groups], sent[2],
                       layout.max_query_len, max_seq_len, layout.num_decodes)  # fmt: skip
@@ -231,6 +237,21 @@ class BatchBuilder:
             token_ids[at:first_draft] = request.all_token_ids[start : start + num_tokens - num_drafts]
             token_ids[first_draft:end] = request.draft_token_ids[:num_drafts]
             at = end
+
+    def _write_drafts(self, plan: StepPlan, token_ids: torch.Tensor, drafts: StepDrafts) -> None:
+        """Puts drafts that the host does not know into [T] token_ids."""
+        rows = [row for row in plan.others if row.num_draft_tokens]
+        if not rows:
+            return
+        ends = len(plan.decodes) + np.cumsum([row.num_tokens for row in plan.others])
+        places = [
+            np.arange(end - row.num_draft_tokens, end)
+            for row, end in zip(plan.others, ends.tolist())
+            if row.num_draft_tokens
+        ]
+        into, source = upload(np.stack([np.concatenate(places), drafts.sources(rows)]), self.device)
+        assert isinstance(drafts.drafts.token_ids, torch.Tensor)
+        token_ids.index_copy_(0, into, drafts.drafts.token_ids.flatten().index_select(0, source))
 
     def _rows_of_decodes(self, plan: StepPlan) -> Ints:
         """[D] each request's row in the tables, which then hold the block that its token is written to."""

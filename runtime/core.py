@@ -328,11 +328,11 @@ class ServingCore:
             found = rows.get(id(update.request))
             if found is None or sample.logprobs is None:
                 continue
-            values, n = found
-            token = update.new_token_ids[0]
-            sample.logprobs.append(self._logprob_dict(values, n, token, update.request.params.logprobs or 0))
+            values, numbers = found
             assert sample.cumulative_logprob is not None
-            sample.cumulative_logprob += float(values.logprobs[n])
+            for n, token in zip(numbers, update.new_token_ids):  # behind the token that ends it there may be more rows
+                sample.logprobs.append(self._logprob_dict(values, n, token, update.request.params.logprobs or 0))
+                sample.cumulative_logprob += float(values.logprobs[n])
 
     def _keep_prompt_logprobs(self, plan: StepPlan, index: int, values: TokenLogprobs) -> None:
         request, start = plan.request(index), plan.others[index - len(plan.decodes)].start

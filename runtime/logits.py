@@ -57,6 +57,8 @@ class SamplingState:
     ruled: bool = field(init=False)
     follows_tokens: bool = field(init=False)
     """Whether the next token's distribution is changed by the value of the one before it: penalties, bad words."""
+    follows_words: bool = field(init=False)
+    """Whether tokens are forbidden because of the values of those before them: bad words of several tokens."""
     plain: bool = field(init=False)
     """Greedy, and nothing else."""
 
@@ -66,13 +68,20 @@ class SamplingState:
         self.penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
         needs_minimum = p.min_tokens > 0 and bool(self.stop_ids)
         self.ruled = bool(p.logit_bias or p.allowed_token_ids or self.bad_token_ids or needs_minimum)
-        self.follows_tokens = self.penalised or any(len(word) > 1 for word in self.bad_token_ids)
+        self.follows_words = any(len(word) > 1 for word in self.bad_token_ids)
+        self.follows_tokens = self.penalised or self.follows_words
         self.plain = self.greedy and not (self.penalised or self.ruled) and p.logprobs is None
 
-    def masked_now(self, num_output: int) -> list[int]:
-        """Token ids that must not be token number `num_output`: stop tokens before `min_tokens`, bad words."""
+    def masked_now(self, num_output: int, drafted: Sequence[int] = ()) -> list[int]:
+        """Token ids that must not be token number `num_output`: stop tokens before `min_tokens`, bad words.
+
+        drafted: tokens that follow the output, as far as the row is concerned.
+        """
         masked: list[int] = []
         output = self.output_token_ids
+        if drafted and self.bad_token_ids:
+            longest = max(len(word) for word in self.bad_token_ids)
+            output = [*output[-longest:], *drafted]
         if num_output < self.params.min_tokens:
             masked.extend(self.stop_ids)
         for word in self.bad_token_ids:
@@ -139,8 +148,15 @@ class PenaltyPool:
             one = torch.ones((), dtype=torch.int32, device=self.device)
             self._counts.index_put_((index[0], index[1]), one, accumulate=True)
 
-    def apply(self, logits_PV: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    def apply(
+        self,
+        logits_PV: torch.Tensor,
+        states: Sequence[SamplingState],
+        drafted: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Penalised copy of `logits_PV`, row i being `states[i]`'s.
+
+        drafted: ([E] rows, [E] tokens) int64 on the device, what follows the output as far as single rows are concerned.
 
         Repetition (Keskar et al. 2019, section 4.1) divides a positive and multiplies a negative logit of every token
         of prompt and output; frequency subtracts once per occurrence in the output, presence once if there is any.
@@ -149,11 +165,17 @@ class PenaltyPool:
         if self._seen is not None:
             repetition = _column([s.params.repetition_penalty for s in states], self.device)
             factor = torch.where(logits_PV > 0, 1.0 / repetition, repetition)
-            logits_PV = torch.where(self._seen[slots], logits_PV * factor, logits_PV)
+            seen = self._seen[slots]
+            if drafted is not None:
+                seen[drafted[0], drafted[1]] = True
+            logits_PV = torch.where(seen, logits_PV * factor, logits_PV)
         if self._counts is not None:
             frequency = _column([s.params.frequency_penalty for s in states], self.device)
             presence = _column([s.params.presence_penalty for s in states], self.device)
             counts = self._counts[slots]
+            if drafted is not None:
+                one = torch.ones((), dtype=torch.int32, device=self.device)
+                counts.index_put_((drafted[0], drafted[1]), one, accumulate=True)
             logits_PV = logits_PV - counts * frequency - (counts > 0) * presence
         return logits_PV
 
@@ -185,12 +207,16 @@ class PenaltyPool:
 
 
 def apply_token_rules(
-    logits_RV: torch.Tensor, rows: Sequence[int], states: Sequence[SamplingState], num_outputs: Sequence[int]
+    logits_RV: torch.Tensor,
+    rows: Sequence[int],
+    states: Sequence[SamplingState],
+    num_outputs: Sequence[int],
+    drafted: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """Adds biases, keeps only allowed tokens, then masks bad words and early stop tokens; in place.
 
-    `rows[i]` is the row of `states[i]`, which is to get token number `num_outputs[i]`. Masks come last, so a token both
-    allowed and forbidden is forbidden.
+    `rows[i]` is the row of `states[i]`, which is to get token number `num_outputs[i]`, with `drafted[i]` between it and the
+    output. Masks come last, so a token both allowed and forbidden is forbidden.
     """
     device = logits_RV.device
     bias_rows: list[int] = []
@@ -201,7 +227,8 @@ def apply_token_rules(
     kept_tokens: list[int] = []
     masked_rows: list[int] = []
     masked_tokens: list[int] = []
-    for row, state, num_output in zip(rows, states, num_outputs, strict=True):
+    histories = [()] * len(rows) if drafted is None else drafted
+    for row, state, num_output, history in zip(rows, states, num_outputs, histories, strict=True):
         bias = state.params.logit_bias
         if bias:
             bias_rows.extend([row] * len(bias))
@@ -212,7 +239,7 @@ def apply_token_rules(
             allowed_rows.append(row)
             kept_rows.extend([row] * len(allowed))
             kept_tokens.extend(allowed)
-        masked = state.masked_now(num_output)
+        masked = state.masked_now(num_output, history)
         masked_rows.extend([row] * len(masked))
         masked_tokens.extend(masked)
     if bias_rows:

@@ -26,8 +26,10 @@ from .logits import SamplingState
 from .packing import HostCopy, upload
 from .plan import ScheduledRequest, StepPlan
 from .request import Request
-from .sampler import PendingSample, Sampler, TokenLogprobs
+from .sampler import PendingSample, Sampler, SamplerOutput, TokenLogprobs
 from .sampling_params import SamplingParams
+from .speculative.config import SpeculativeConfig
+from .speculative.verification import Outcome, StepDrafts, VerificationRows
 
 _ENDED = SamplingState(SamplingParams(temperature=0), (), (), 0)
 """Stands for a request that ended before its row was sampled: nobody looks at the token."""
@@ -38,10 +40,12 @@ _NOTHING: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 class StepResult:
     """What a step produced; indices are those of `plan.scheduled`."""
 
-    tokens: npt.NDArray[np.int64]
-    """One new token for each row that samples: what `Scheduler.update` takes."""
-    logprobs: dict[int, tuple[TokenLogprobs, int]] = field(default_factory=dict)
-    """Index -> (log-probabilities, the row in them) of the sampled token."""
+    tokens: npt.NDArray[np.int64] | list[list[int]]
+    """One new token for each row that samples, or the new tokens of every row: what `Scheduler.update` takes."""
+    logprobs: dict[int, tuple[TokenLogprobs, tuple[int, ...]]] = field(default_factory=dict)
+    """Index -> (log-probabilities, the rows in them) of the new tokens."""
+    outcomes: list[Outcome] = field(default_factory=list)
+    """What became of the drafts of the requests that had some."""
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     """Index -> log-probabilities of the prompt tokens start + 1 ... that follow the computed rows."""
     failed: list[int] = field(default_factory=list)
@@ -55,7 +59,7 @@ class StepResult:
 class LaunchedStep:
     """A step in the device's queue."""
 
-    __slots__ = ("logits", "num_outputs", "pending", "plan", "prompts", "states", "values")
+    __slots__ = ("accepted", "drafted", "logits", "num_outputs", "pending", "plan", "prompts", "states", "values")
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
@@ -69,16 +73,23 @@ class LaunchedStep:
         self.prompts: list[tuple[int, tuple[torch.Tensor, ...]]] = []
         """Index of a row, and the log-probabilities of its prompt tokens."""
         self.values: HostCopy | None = None
+        self.drafted: VerificationRows | None = None
+        """The drafts that the step verifies."""
+        self.accepted: torch.Tensor | None = None
+        """[Q] the last accepted draft of each request with drafts."""
 
 
 class Runner:
     """Executes plans on an engine. Requests are added before their first step and released after their last.
 
+    speculative: how drafts are accepted; None: no plan has drafts.
+
     Not thread-safe; needs the engine's cache to be bound.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, speculative: SpeculativeConfig | None = None) -> None:
         self.engine = engine
+        self.speculative = speculative
         self.sampler = Sampler(engine.vocab_size, engine.device)
         self._builder = BatchBuilder(
             num_groups=len(engine.cache_groups),
@@ -94,7 +105,7 @@ class Runner:
         self._decode_states: list[SamplingState] = []
         self._num_prompt: npt.NDArray[np.int64] = _NOTHING
 
-    def add(self, request: Request, seed: int) -> None:
+    def add(self, request: Request, seed: int) -> SamplingState:
         """Takes note of a new request; `seed` (64 bits) decides all its random draws."""
         state = self._states[request.request_id] = SamplingState(
             request.params,
@@ -106,6 +117,11 @@ class Runner:
         )
         state.late = state.follows_tokens or self.sampler.reads_device(state)
         self._num_late += state.late
+        return state
+
+    def state(self, request_id: str) -> SamplingState:
+        """The sampling state of a live request."""
+        return self._states[request_id]
 
     def release(self, request_id: str) -> None:
         """Frees what belongs to a request that has ended; harmless for an unknown one."""
@@ -123,18 +139,24 @@ class Runner:
         return self.collect(step)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> LaunchedStep:
+    def launch(self, plan: StepPlan, drafts: StepDrafts | None = None) -> LaunchedStep:
         """Puts a plan into the device's queue; whatever the engine raises passes through.
+
+        drafts: what the plan's rows with drafts verify.
 
         `sample` has to follow when the step in flight has its result, unless the step `is_sampled` at once. It is not
         where a row's distribution depends on the token in flight (penalties, bad words of several tokens), or where sampling
         would make the host wait for this step before it delivers the one in flight (top_p without top_k).
         """
-        batch = self._builder.build(plan, self._tokens if plan.on_top else None)
+        batch = self._builder.build(plan, self._tokens if plan.on_top else None, drafts)
         logits = self.engine.step(batch)
         self._check(logits, batch)
         step = LaunchedStep(plan)
-        self._choose_rows(step, logits)
+        kept = self._choose_rows(step, logits)
+        if plan.has_drafts:
+            assert drafts is not None and self.speculative is not None, "a plan with drafts goes with their proposal"
+            rows = batch.sample_rows if kept is None else batch.sample_rows.index_select(0, kept)
+            step.drafted = VerificationRows(plan, drafts, self.speculative, batch.token_ids.index_select(0, rows))
         if not (plan.on_top and self._num_late and any(state.late for state in step.states)):
             self.sample(step)
         return step
@@ -155,9 +177,12 @@ class Runner:
             states = step.states
             if not all([state.alive for state in states]):
                 states = [state if state.alive else _ENDED for state in states]
-            step.pending = self.sampler.launch(step.logits, states, step.num_outputs)
+            step.pending = self.sampler.launch(step.logits, states, step.num_outputs, step.drafted)
             self._tokens = step.pending.tokens
             tensors += step.pending.tensors()
+            if step.drafted is not None:
+                step.accepted = step.drafted.follow(step.pending.tokens)
+                tensors += [step.accepted, *step.drafted.device_values()]
         step.logits = None
         step.values = HostCopy(tensors, self.engine.device)
 
@@ -177,7 +202,13 @@ class Runner:
                 result.prompt_logprobs[index] = found
         if step.pending is None:
             return result
-        output = step.pending.output(values[4 * len(step.prompts) :])
+        sampled = values[4 * len(step.prompts) :]
+        num_sampled = len(step.pending.tensors())
+        output = step.pending.output(sampled[:num_sampled])
+        if step.drafted is not None:
+            step.drafted.learn(sampled[num_sampled + 1 :])
+            self._verify(step, step.drafted.outcomes(sampled[num_sampled]), output, result)
+            return result
         result.tokens = output.tokens
         if len(output.tokens) and output.tokens.min() < 0:
             rows = step.plan.sampling_rows()
@@ -185,15 +216,37 @@ class Runner:
             result.tokens = np.maximum(output.tokens, 0)
         if output.logprobs is not None:
             rows = step.plan.sampling_rows()
-            result.logprobs = {rows[i]: (output.logprobs, n) for i, n in output.logprob_index.items()}
+            result.logprobs = {rows[i]: (output.logprobs, (n,)) for i, n in output.logprob_index.items()}
         return result
+
+    @staticmethod
+    def _verify(step: LaunchedStep, outcomes: list[Outcome], output: SamplerOutput, result: StepResult) -> None:
+        """The tokens of a step that verified drafts: of every request those along its accepted drafts."""
+        plan, paths, first = step.plan, {outcome.index: outcome.path for outcome in outcomes}, 0
+        tokens: list[list[int]] = [[] for _ in range(plan.num_sequences)]
+        values = output.tokens.tolist()
+        for index in plan.sampling_rows():
+            path = paths.get(index, (first,))
+            tokens[index] = [values[row] for row in path]
+            if tokens[index][-1] < 0:
+                result.failed.append(index)
+                tokens[index][-1] = 0
+            if output.logprobs is not None and first in output.logprob_index:
+                result.logprobs[index] = (output.logprobs, tuple(output.logprob_index[row] for row in path))
+            drafts = 0 if index < len(plan.decodes) else plan.others[index - len(plan.decodes)].num_draft_tokens
+            first += 1 + drafts
+        result.tokens, result.outcomes = tokens, outcomes
 
     def _check(self, logits: torch.Tensor, batch: Batch) -> None:
         expected = (batch.sample_rows.shape[0], self.engine.vocab_size)
         assert logits.shape == expected, f"the engine gave logits {tuple(logits.shape)}; expected {expected}"
 
-    def _choose_rows(self, step: LaunchedStep, logits: torch.Tensor) -> None:
-        """The rows that sample, and on the way the log-probabilities of prompts."""
+    def _choose_rows(self, step: LaunchedStep, logits: torch.Tensor) -> torch.Tensor | None:
+        """The rows that are sampled, and on the way the log-probabilities of prompts; which of the rows of logits they are, on
+        the device, or None for all of them.
+
+        A request with drafts has a row for its last known token and one for each draft.
+        """
         plan = step.plan
         if plan.decodes is not self._decodes:
             self._decodes = plan.decodes
@@ -203,17 +256,27 @@ class Runner:
         sampling = [row for row in plan.others if row.samples]
         step.states, step.num_outputs = self._decode_states, plan.starts + 1 - self._num_prompt
         if sampling:
-            step.states = step.states + [self._states[row.request.request_id] for row in sampling]
-            more = [row.start + row.num_tokens - row.request.num_prompt_tokens for row in sampling]
+            states, more = list(step.states), []
+            for row in sampling:
+                rows = 1 + row.num_draft_tokens
+                end = row.start + row.num_tokens - row.request.num_prompt_tokens
+                states += [self._states[row.request.request_id]] * rows
+                more += range(end - rows + 1, end + 1)
+            step.states = states
             step.num_outputs = np.concatenate((step.num_outputs, np.array(more, dtype=np.int64)))
+        kept = None
         if logits.shape[0] != len(step.states):  # some requests want the logits of their prompts
             ends = list(accumulate((row.num_logit_rows for row in plan.others), initial=num_decodes))
+            last = list(range(num_decodes))
             for index, row in enumerate(plan.others):
                 if row.num_logit_rows and row.request.needs_prompt_logits:
                     self._prompt_logprobs(step, index + num_decodes, row, logits[ends[index] : ends[index + 1]])
-            last = [*range(num_decodes), *(end - 1 for row, end in zip(plan.others, ends[1:]) if row.samples)]
-            logits = logits.index_select(0, upload(np.array(last, dtype=np.int64), logits.device))
+                if row.samples:
+                    last += range(ends[index + 1] - 1 - row.num_draft_tokens, ends[index + 1])
+            kept = upload(np.array(last, dtype=np.int64), logits.device)
+            logits = logits.index_select(0, kept)
         step.logits = logits
+        return kept
 
     @staticmethod
     def _prompt_logprobs(step: LaunchedStep, index: int, row: ScheduledRequest, logits: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,16 @@ from .distribution import cut_threshold, draw_tokens, greedy_tokens, token_logpr
 from .logits import NEGATIVE_INFINITY, PenaltyPool, SamplingState, apply_token_rules
 from .packing import HostCopy, upload
 
+if TYPE_CHECKING:
+    from .speculative.verification import VerificationRows
+
 PREFIX = 1024
 """Largest tokens looked at first where a row asks for top_p and no (or a larger) top_k."""
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+_ACCEPT = np.uint64(0xD1B54A32D192ED03)
+"""Tells the numbers that accept drafts from those that draw tokens."""
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -182,7 +187,11 @@ class Sampler:
 
     @torch.inference_mode()
     def launch(
-        self, logits_RV: torch.Tensor, states: Sequence[SamplingState], num_outputs: npt.NDArray[np.int64]
+        self,
+        logits_RV: torch.Tensor,
+        states: Sequence[SamplingState],
+        num_outputs: npt.NDArray[np.int64],
+        drafted: VerificationRows | None = None,
     ) -> PendingSample:
         """Samples a token for every row; the logits are consumed (their memory may be overwritten).
 
@@ -191,6 +200,7 @@ class Sampler:
                 and nothing else is asked for, they are compared as they are; otherwise they are worked on in float32.
             states: one per row.
             num_outputs: [R] the number of the token that is to be sampled, from 0, tokens in flight counted.
+            drafted: the drafts that some of the rows verify; a request with drafts has several rows.
 
         Raises:
             ValueError: the shapes do not fit.
@@ -209,34 +219,73 @@ class Sampler:
         if plan.penalised:
             penalised = [plan.states[i] for i in plan.penalised]
             self.penalties.update(penalised)
-            changed = self.penalties.apply(_select(logits_RV, plan.penalised_R), penalised)
+            seen = None if drafted is None else drafted.drafts_seen(plan.penalised)
+            changed = self.penalties.apply(_select(logits_RV, plan.penalised_R), penalised, seen)
             if plan.penalised_R is None:
                 logits_RV.copy_(changed)
             else:
                 logits_RV.index_copy_(0, plan.penalised_R, changed)
         if plan.ruled:
             ruled = [plan.states[i] for i in plan.ruled]
-            apply_token_rules(logits_RV, plan.ruled, ruled, num_outputs[plan.ruled].tolist())
-        tokens = self._choose(logits_RV, plan, num_outputs)
+            histories = None
+            if drafted is not None and any(state.follows_words for state in ruled):
+                histories = drafted.histories(plan.ruled)
+            apply_token_rules(logits_RV, plan.ruled, ruled, num_outputs[plan.ruled].tolist(), histories)
+        tokens = self._choose(logits_RV, plan, num_outputs, drafted)
         logprobs = None
         if raw is not None:
             chosen = _select(tokens, plan.logprob_index_R).clamp(min=0)
             logprobs = token_logprobs(raw, chosen, plan.num_top)
         return PendingSample(tokens, logprobs, plan.logprob_index)
 
-    def _choose(self, logits_RV: torch.Tensor, plan: _Plan, num_outputs: npt.NDArray[np.int64]) -> torch.Tensor:
+    @torch.inference_mode()
+    def draw(
+        self, logits_RV: torch.Tensor, states: Sequence[SamplingState], num_outputs: npt.NDArray[np.int64]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens [R], logits [R, V] float32 that they were drawn from), of rows that are all random and not penalised.
+
+        What a draft model needs: the tokens' distribution is the softmax of these logits.
+        """
+        plan = self._plan
+        if plan is None or plan.states != states:
+            plan = self._plan = _Plan(states, self.vocab_size, self.device)
+        assert len(plan.random) == len(states) and not plan.penalised, "drafts are drawn for random rows, unpenalised"
+        x = logits_RV.float().clone()
+        if plan.ruled:
+            apply_token_rules(x, plan.ruled, [plan.states[i] for i in plan.ruled], num_outputs[plan.ruled].tolist())
+        return self._draw(x, plan, num_outputs.astype(np.uint64), None), x
+
+    def _choose(
+        self,
+        logits_RV: torch.Tensor,
+        plan: _Plan,
+        num_outputs: npt.NDArray[np.int64],
+        drafted: VerificationRows | None,
+    ) -> torch.Tensor:
         if not plan.random:
             return greedy_tokens(logits_RV)
-        uniform = upload(counter_uniform(plan.seeds, num_outputs[plan.random].astype(np.uint64)), logits_RV.device)
-        if plan.greedy_R is None or plan.random_R is None:
-            return self._draw(logits_RV, plan, uniform)
+        random = None if plan.greedy_R is None else plan.random_R
+        drawn = self._draw(_select(logits_RV, random), plan, num_outputs[plan.random].astype(np.uint64), drafted)
+        if plan.greedy_R is None or random is None:
+            return drawn
         tokens = torch.empty(logits_RV.shape[0], dtype=torch.int64, device=logits_RV.device)
         tokens.index_copy_(0, plan.greedy_R, greedy_tokens(logits_RV.index_select(0, plan.greedy_R)))
-        tokens.index_copy_(0, plan.random_R, self._draw(logits_RV.index_select(0, plan.random_R), plan, uniform))
+        tokens.index_copy_(0, random, drawn)
         return tokens
 
-    def _draw(self, x_NV: torch.Tensor, plan: _Plan, uniform_N: torch.Tensor) -> torch.Tensor:
-        """Tokens for the random rows; overwrites `x_NV`."""
+    def _draw(
+        self, x_NV: torch.Tensor, plan: _Plan, numbers: npt.NDArray[np.uint64], drafted: VerificationRows | None
+    ) -> torch.Tensor:
+        """Tokens for the random rows, which are the `numbers`-th of their requests; overwrites `x_NV`."""
+        self._cut(x_NV, plan)
+        uniform_N = upload(counter_uniform(plan.seeds, numbers), x_NV.device)
+        tokens = draw_tokens(x_NV, uniform_N)
+        if drafted is None:
+            return tokens
+        return drafted.choose(x_NV, plan.random, tokens, counter_uniform(plan.seeds ^ _ACCEPT, numbers), uniform_N)
+
+    def _cut(self, x_NV: torch.Tensor, plan: _Plan) -> None:
+        """Temperature, min_p, top_k and top_p of the random rows; in place."""
         if plan.temperature is not None:
             x_NV.div_(plan.temperature)
         low = None
@@ -255,7 +304,6 @@ class Sampler:
                 low.index_copy_(0, plan.cut_N, cut)
         if low is not None:
             x_NV.masked_fill_(x_NV < low, NEGATIVE_INFINITY)
-        return draw_tokens(x_NV, uniform_N)
 
 
 def _select(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,262 @@
+"""The rows of a step that verifies drafts: which hang together, what each sees, and what became of them.
+
+    rows of logits    | a0 | b0 b1 b2 | c0 |      b: the last known token and two drafts; a and c have no drafts
+    parent            | -  | -  1  2  | -  |      the row before in its chain, or in its tree
+    token             | .. | .. d0 d1 | .. |      at the row: drafts from the second on
+
+Row b2 is sampled with the history output + d0 + d1: penalties and bad words count the drafts that a row sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..packing import upload
+from ..plan import ScheduledRequest, StepPlan
+from .acceptance import follow_chains, follow_trees, rejection_tokens, typical_tokens
+from .config import SpeculativeConfig
+from .proposer import Drafts
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class StepDrafts:
+    """A proposer's drafts with the requests that they are for."""
+
+    drafts: Drafts
+    index: dict[str, int]
+    """Request id -> its place in `drafts`."""
+
+    @property
+    def on_device(self) -> bool:
+        """Whether their values are known on the device alone."""
+        return isinstance(self.drafts.token_ids, torch.Tensor)
+
+    def parents(self, row: ScheduledRequest) -> tuple[int, ...] | None:
+        """Each draft's parent of those that a row of a plan verifies; None for a chain."""
+        if self.drafts.parents is None:
+            return None
+        return tuple(self.drafts.parents[self.index[row.request.request_id]][: row.num_draft_tokens])
+
+    def sources(self, rows: Sequence[ScheduledRequest]) -> Ints:
+        """Where the drafts that these rows verify are in the flattened [S, K] tensor of tokens."""
+        assert isinstance(self.drafts.token_ids, torch.Tensor)
+        width = self.drafts.token_ids.shape[1]
+        parts = [self.index[row.request.request_id] * width + np.arange(row.num_draft_tokens) for row in rows]
+        return np.concatenate(parts).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one request's drafts."""
+
+    index: int
+    """Row of the plan."""
+    path: tuple[int, ...]
+    """Rows of logits whose tokens came out: the last known token's and those of the accepted drafts."""
+    nodes: tuple[int, ...]
+    """Numbers of the accepted drafts, from 0."""
+
+
+class _Verified:
+    """One request with drafts: its row in the plan, its first row of logits, and its drafts' parents."""
+
+    __slots__ = ("drafts", "first", "index", "parents", "row")
+
+    def __init__(
+        self, index: int, first: int, row: ScheduledRequest, parents: tuple[int, ...] | None, drafts: int
+    ) -> None:
+        self.index, self.first, self.row, self.parents = index, first, row, parents
+        self.drafts = drafts
+        """Its place in the proposer's drafts."""
+
+
+class VerificationRows:
+    """The rows of logits of a plan with drafts.
+
+    Args:
+        plan: its rows without drafts have one row of logits here (those that sample), the others one more than drafts.
+        step: the drafts.
+        at_R: [R] int64 token at each of these rows, on the device.
+    """
+
+    def __init__(self, plan: StepPlan, step: StepDrafts, config: SpeculativeConfig, at_R: torch.Tensor) -> None:
+        self.config = config
+        self.at_R = at_R
+        self._step = step
+        self._requests: list[_Verified] = []
+        self.parents_R: Ints = np.full(at_R.shape[0], -1, dtype=np.int64)
+        first = len(plan.decodes)
+        for index, row in enumerate(plan.others, first):
+            if not row.samples:
+                continue
+            count = row.num_draft_tokens
+            if count:
+                parents = step.parents(row)
+                self._requests.append(_Verified(index, first, row, parents, step.index[row.request.request_id]))
+                above = np.arange(count) - 1 if parents is None else np.array(parents, dtype=np.int64)
+                self.parents_R[first + 1 : first + 1 + count] = first + 1 + above
+            first += 1 + count
+        assert first == at_R.shape[0], f"{at_R.shape[0]} rows of logits; the plan has {first}"
+        self._device = at_R.device
+
+    # --- what rows see ------------------------------------------------------------------------------------------
+
+    def drafts_seen(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(places in `rows`, tokens), [E] int64 on the device: one pair for every draft that a row has in its history."""
+        current = np.array(rows, dtype=np.int64)
+        place = np.arange(len(current))
+        places, seen = [], []
+        while True:
+            inside = self.parents_R[current] >= 0
+            current, place = current[inside], place[inside]
+            if not len(current):
+                break
+            places.append(place)
+            seen.append(current)
+            current = self.parents_R[current]
+        if not places:
+            return self.at_R[:0], self.at_R[:0]
+        index = upload(np.concatenate(seen), self._device)
+        return upload(np.concatenate(places), self._device), self.at_R.index_select(0, index)
+
+    def histories(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
+        """The drafts that each row has in its history, in order, from the host's copy of the drafts."""
+        assert not self._step.on_device, "the values of these drafts are on the device"
+        by_row = {}
+        for item in self._requests:
+            for number, token in enumerate(item.row.request.draft_token_ids[: item.row.num_draft_tokens]):
+                by_row[item.first + 1 + number] = token
+        found = []
+        for row in rows:
+            history: list[int] = []
+            while self.parents_R[row] >= 0:
+                history.append(by_row[row])
+                row = int(self.parents_R[row])
+            found.append(tuple(reversed(history)))
+        return found
+
+    # --- how tokens are chosen ----------------------------------------------------------------------------------
+
+    def choose(
+        self,
+        x_NV: torch.Tensor,
+        random: Sequence[int],
+        tokens_N: torch.Tensor,
+        accept: npt.NDArray[np.float64],
+        draw_N: torch.Tensor,
+    ) -> torch.Tensor:
+        """[N] the tokens of random rows, given those drawn without regard to drafts.
+
+        Args:
+            x_NV: [N, V] logits that the tokens were drawn from. random: [N] the rows they belong to.
+            accept: [N] uniform numbers besides those of the draws, `draw_N`.
+        """
+        if self.config.acceptance == "exact":
+            return tokens_N
+        if self.config.acceptance == "typical":
+            return self._typical(x_NV, random, tokens_N)
+        return self._rejection(x_NV, random, tokens_N, accept, draw_N)
+
+    def _rejection(
+        self,
+        x_NV: torch.Tensor,
+        random: Sequence[int],
+        tokens_N: torch.Tensor,
+        accept: npt.NDArray[np.float64],
+        draw_N: torch.Tensor,
+    ) -> torch.Tensor:
+        drafts = self._step.drafts
+        if drafts.logits is None:
+            return tokens_N
+        place = {row: n for n, row in enumerate(random)}
+        width = drafts.logits.shape[1]
+        rows, sources, children = [], [], []
+        for item in self._requests:
+            if drafts.drawn[item.drafts]:
+                assert item.parents is None, "drafts of trees are certain"
+                for number in range(item.row.num_draft_tokens):
+                    rows.append(place[item.first + number])
+                    children.append(item.first + number + 1)
+                    sources.append(item.drafts * width + number)
+        if not rows:
+            return tokens_N
+        rows_D, sources_D, children_D = upload(np.array([rows, sources, children], dtype=np.int64), self._device)
+        chosen = rejection_tokens(
+            x_NV.index_select(0, rows_D),
+            drafts.logits.flatten(0, 1).index_select(0, sources_D),
+            self.at_R.index_select(0, children_D),
+            upload(accept[rows], self._device),
+            draw_N.index_select(0, rows_D),
+        )
+        return tokens_N.index_copy(0, rows_D, chosen)
+
+    def _typical(self, x_NV: torch.Tensor, random: Sequence[int], tokens_N: torch.Tensor) -> torch.Tensor:
+        children: dict[int, list[int]] = {}
+        for row, parent in enumerate(self.parents_R.tolist()):
+            if parent >= 0:
+                children.setdefault(parent, []).append(row)
+        rows = [n for n, row in enumerate(random) if row in children]
+        if not rows:
+            return tokens_N
+        width = max(len(children[random[n]]) for n in rows)
+        table = np.full((len(rows), width), -1, dtype=np.int64)
+        for line, n in zip(table, rows):
+            line[: len(children[random[n]])] = children[random[n]]
+        table_DC, rows_D = upload(table, self._device), upload(np.array(rows, dtype=np.int64), self._device)
+        drafts_DC = torch.where(table_DC >= 0, self.at_R[table_DC.clamp(min=0)], -1)
+        chosen = typical_tokens(
+            x_NV.index_select(0, rows_D), drafts_DC, tokens_N.index_select(0, rows_D),
+            self.config.typical_epsilon, self.config.typical_delta,
+        )  # fmt: skip
+        return tokens_N.index_copy(0, rows_D, chosen)
+
+    # --- what came out ------------------------------------------------------------------------------------------
+
+    def follow(self, tokens_R: torch.Tensor) -> torch.Tensor:
+        """[Q] int64 the last accepted draft of each request with drafts, counted from 1, 0 for none; on the device."""
+        counts = [item.row.num_draft_tokens for item in self._requests]
+        width = max(counts)
+        inside = np.arange(width) < np.array(counts)[:, None]
+        rows = np.where(inside, np.array([item.first + 1 for item in self._requests])[:, None] + np.arange(width), 0)
+        above = np.where(inside, self.parents_R[rows], 0)
+        chains = all(item.parents is None for item in self._requests)
+        numbers = np.zeros_like(rows)
+        if not chains:
+            numbers = np.where(inside, above - np.array([item.first for item in self._requests])[:, None], 0)
+        parts = upload(np.stack([rows, above, inside.astype(np.int64), numbers]), self._device)
+        hits = (self.at_R[parts[0]] == tokens_R[parts[1]]) & (parts[2] > 0)
+        return follow_chains(hits) if chains else follow_trees(hits, parts[3], width)
+
+    def device_values(self) -> list[torch.Tensor]:
+        """What the host needs besides: the drafts, where it does not know them."""
+        return [self.at_R] if self._step.on_device else []
+
+    def learn(self, values: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes `device_values` on the host: requests get to know their drafts."""
+        if not values:
+            return
+        for item in self._requests:
+            begin = item.first + 1
+            item.row.request.draft_token_ids = values[0][begin : begin + item.row.num_draft_tokens].tolist()
+
+    def outcomes(self, last_Q: npt.NDArray[np.int64]) -> list[Outcome]:
+        """What became of each request's drafts, from `follow` on the host."""
+        found = []
+        for item, last in zip(self._requests, last_Q.tolist()):
+            nodes: list[int] = []
+            node = last - 1
+            while node >= 0:
+                nodes.append(node)
+                node = node - 1 if item.parents is None else item.parents[node]
+            nodes.reverse()
+            path = (item.first, *(item.first + 1 + node for node in nodes))
+            found.append(Outcome(item.index, path, tuple(nodes)))
+        return found
