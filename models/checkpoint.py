@@ -10,6 +10,7 @@ import copy
 import json
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.weights import Weight
+from .quantized_checkpoint.load import read_quantized
+from .quantized_checkpoint.settings import Settings
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,6 +35,7 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -81,17 +85,45 @@ def _reader(file: Path, name: str) -> Callable[[], Tensor]:
     return load
 
 
-def checkpoint_weights(directory: Path, model: nn.Module) -> dict[str, Weight]:
-    """Lazily read weights for every parameter and persistent buffer of `model`, by the model's own names.
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights by the model's own names, and lines for the build's report."""
 
+    weights: dict[str, Weight]
+    notes: tuple[str, ...] = ()
+
+
+def open_checkpoint(directory: Path, model: nn.Module, quantization: Settings | None = None) -> Checkpoint:
+    """Lazily read weights for every parameter and persistent buffer of `model`.
+
+    quantization: how the checkpoint is quantized, or None; weights of quantized layers then carry what they are `stored` as.
     Raises ValueError if a file is missing or truncated, a weight is missing, or a shape does not fit.
     """
-    stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]] = {}
+    stored: dict[str, Weight] = {}
+    files: dict[str, Path] = {}
     for file in checkpoint_files(directory):
         for name, (shape, dtype) in read_header(file).items():
-            stored[name] = (file, shape, dtype)
+            stored[name], files[name] = Weight(shape, dtype, _reader(file, name)), file
+    if quantization is None:
+        return Checkpoint(_fitted(directory, model, stored, []))
+    read = read_quantized(quantization, stored, files)
+    dense: list[str] = []
+    weights = _fitted(directory, model, read.weights, dense)
+    if not dense:
+        return Checkpoint(weights, read.notes)
+    note = (
+        f"{dense[0]} and {len(dense) - 1} more are dequantized when they are loaded: several make one tensor (experts)"
+    )
+    return Checkpoint(weights, (*read.notes, f"{quantization.method}: {note}"))
+
+
+def _fitted(directory: Path, model: nn.Module, stored: dict[str, Weight], dense: list[str]) -> dict[str, Weight]:
+    """Stored tensors as the model wants them; names of those that are dequantized for it are added to `dense`.
+
+    Raises ValueError for what is missing or has another shape.
+    """
     wanted = dict(model.state_dict())
-    weights = _convert(stored, wanted, model)
+    weights = _convert(stored, wanted, model, dense)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for target, origin in tied.items():
         if target not in weights and origin in weights:
@@ -114,9 +146,7 @@ def checkpoint_weights(directory: Path, model: nn.Module) -> dict[str, Weight]:
     return weights
 
 
-def _convert(
-    stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]], wanted: dict[str, Tensor], model: Any
-) -> dict[str, Weight]:
+def _convert(stored: dict[str, Weight], wanted: dict[str, Tensor], model: Any, dense: list[str]) -> dict[str, Weight]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -132,15 +162,25 @@ def _convert(
         if name not in wanted and key in wanted:
             name, pattern = rename_source_key(key, [], [], prefix, wanted)
         if name not in wanted:
+            _refuse_lost_bias(key, stored)
             continue
         if pattern is not None:
             merged[name].append((key, pattern))
         else:
-            file, shape, dtype = stored[key]
-            weights[name] = Weight(shape, dtype, _reader(file, key)).cast(wanted[name].dtype)
+            weights[name] = stored[key].cast(wanted[name].dtype)
     for name, parts in merged.items():
+        dense += [key for key, _ in parts if stored[key].stored is not None]
         _add_converted(weights, name, parts, by_pattern[parts[0][1]], stored, wanted, model)
     return weights
+
+
+def _refuse_lost_bias(key: str, stored: dict[str, Weight]) -> None:
+    """Some writers of quantized layers give each a bias of zeros, which the model has no place for; others may not be lost."""
+    weight = stored.get(key.removesuffix(".bias") + ".weight")
+    if key.endswith(".bias") and weight is not None and weight.stored is not None and bool(stored[key].load().any()):
+        raise ValueError(
+            f"{key!r} of the checkpoint is not zero, and config.json describes a model that has no such bias"
+        )
 
 
 def _add_converted(
@@ -148,7 +188,7 @@ def _add_converted(
     first: str,
     parts: list[tuple[str, str]],
     converter: Any,
-    stored: dict[str, tuple[Path, tuple[int, ...], torch.dtype]],
+    stored: dict[str, Weight],
     wanted: dict[str, Tensor],
     model: Any,
 ) -> None:
@@ -157,8 +197,8 @@ def _add_converted(
     def run(device: str) -> dict[str, Tensor]:
         work = copy.deepcopy(converter)
         for key, pattern in parts:
-            file, shape, dtype = stored[key]
-            read = _reader(file, key) if device == "cpu" else partial(torch.empty, shape, dtype=dtype, device="meta")
+            part = stored[key]
+            read = part.load if device == "cpu" else partial(torch.empty, part.shape, dtype=part.dtype, device="meta")
             work.add_tensor(first, key, pattern, read)
         made = work.convert(first, model=model, config=model.config)
         return {name: (value[0] if isinstance(value, list) else value) for name, value in made.items()}

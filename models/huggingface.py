@@ -23,7 +23,9 @@ from ..graph.capture import CaptureError, capture
 from ..graph.program import Program
 from ..graph.weights import Weight
 from . import attention
-from .checkpoint import checkpoint_weights
+from .checkpoint import open_checkpoint
+from .quantized_checkpoint.load import check_scheme
+from .quantized_checkpoint.settings import read_settings
 from .random_weights import RandomWeights
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class ModelSource:
     """A model before the trace: its class on the meta device, its weights, and what serving needs to know.
 
     max_positions: longest sequence that the model knows, in tokens, or None; eos_token_ids: ids that end a text;
-    tokenizer_dir: a directory with tokenizer files, or None.
+    tokenizer_dir: a directory with tokenizer files, or None; quantized: the scheme of a checkpoint that is quantized, or None.
     """
 
     name: str
@@ -48,6 +50,7 @@ class ModelSource:
     max_positions: int | None
     tokenizer_dir: Path | None
     info: dict[str, Any] = field(default_factory=dict)
+    quantized: str | None = None
 
 
 class _PackedRow(nn.Module):
@@ -124,25 +127,36 @@ def _from_directory(directory: Path, name: str, dtype: torch.dtype) -> ModelSour
         config = AutoConfig.from_pretrained(directory)
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{directory}/config.json: {str(error).splitlines()[0]}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        method = (
-            config.quantization_config.get("quant_method", "unknown")
-            if isinstance(config.quantization_config, dict)
-            else "?"
-        )
-        raise ValueError(
-            f"{directory} is quantized ({method}); quantized checkpoints are not supported yet, give a bf16, fp16 or fp32 one"
-        )
+    quantization = read_settings(directory)
+    if quantization is not None:
+        check_scheme(quantization)
+        _forget_quantization(config)
     generation = None
     if (directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(directory)
     model = _meta_model(None, config, dtype)
-    weights = checkpoint_weights(directory, model)
-    return _source(directory.name or name, model, weights, generation, directory)
+    checkpoint = open_checkpoint(directory, model, quantization)
+    source = _source(directory.name or name, model, checkpoint.weights, generation, directory)
+    if quantization is not None:
+        source.quantized = quantization.method
+        source.info["notes"] = checkpoint.notes
+    return source
+
+
+def _forget_quantization(config: Any) -> None:
+    """Makes the config that of the unquantized model: the graph is traced as if weights were dense."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name in ("quantization_config", "compression_config"):
+            if hasattr(part, name):
+                delattr(part, name)
 
 
 def _from_module(module: nn.Module, dtype: torch.dtype) -> ModelSource:
     config: Any = copy.deepcopy(module.config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__} in memory is quantized by Transformers; give the directory of its checkpoint instead"
+        )
     model = _meta_model(type(module), config, dtype)
     held = {
         **dict(module.named_parameters(remove_duplicate=False)),

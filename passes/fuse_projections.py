@@ -5,14 +5,15 @@
     k = linear(x, w_k)        [1, T, G D]           q, k, v = split(y, [H D, G D, G D], -1)
     v = linear(x, w_v)        [1, T, G D]
 
-Also gate and up projections. Weights are joined in the WeightMap. All members have a bias or none has; a weight with other
+Also gate and up projections. Weights are joined in the WeightMap; those that a checkpoint stores quantized, where they are stored
+alike: one format, the same static scale of x, the same order of columns. All members have a bias or none has; a weight with other
 users, and a router (its result is chosen from with softmax, sigmoid or top-k), stay alone. Numerics: reordered.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
 from torch import fx
@@ -33,19 +34,36 @@ class FuseProjections(GraphPass):
     numerics = "reordered"
 
     def run(self, program: Program) -> int:
-        groups: dict[tuple[fx.Node, bool], list[fx.Node]] = defaultdict(list)
+        groups: dict[tuple[fx.Node, bool, object], list[fx.Node]] = defaultdict(list)
         for node in program.graph.nodes:
             if is_call(node, aten.linear.default) and _may_join(program, node):
-                groups[node.args[0], _bias(node) is not None].append(node)
+                groups[node.args[0], _bias(node) is not None, _stored_as(program, node)].append(node)
         mergeable = [members for members in groups.values() if len(members) > 1]
         for members in mergeable:
             _join(program, members)
+        _note_apart(program, list(groups))
         return len(mergeable)
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
     bias = node.args[2] if len(node.args) > 2 else None
     return bias if isinstance(bias, fx.Node) else None
+
+
+def _stored_as(program: Program, node: fx.Node) -> object:
+    """What a checkpoint's quantized weights must have in common to stay quantized when they are joined; None for a dense one."""
+    spec = program.input_of(node.args[1])
+    stored = program.weights[spec.key].stored if spec is not None else None
+    return None if stored is None else stored.joins_as or node
+
+
+def _note_apart(program: Program, groups: list[tuple[fx.Node, bool, object]]) -> None:
+    """Tells in the program's notes of layers with one input whose stored weights do not go together."""
+    stored = Counter((x, biased) for x, biased, form in groups if form is not None)
+    count = sum(1 for number in stored.values() if number > 1)
+    if count:
+        line = f"stored weights: layers with one input stay apart in {count} places: formats, scales of the input or orders differ"
+        program.info = {**program.info, "notes": (*program.info.get("notes", ()), line)}
 
 
 def _may_join(program: Program, node: fx.Node) -> bool:
