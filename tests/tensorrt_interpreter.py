@@ -14,6 +14,7 @@ from camshaft.export.tensorrt.builder import DTYPES
 from torch import Tensor
 
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
+_TORCH |= {"FP4": torch.float32, "E8M0": torch.float32}  # what bytes of these mean
 _CLASSES = {
     "ACTIVATION": "IActivationLayer", "CAST": "ICastLayer", "CONCATENATION": "IConcatenationLayer",
     "CONSTANT": "IConstantLayer", "CUMULATIVE": "ICumulativeLayer", "EINSUM": "IEinsumLayer",
@@ -22,7 +23,7 @@ _CLASSES = {
     "SELECT": "ISelectLayer", "SHUFFLE": "IShuffleLayer", "SLICE": "ISliceLayer", "SOFTMAX": "ISoftMaxLayer",
     "TOPK": "ITopKLayer", "UNARY": "IUnaryLayer", "ATTENTION_INPUT": "IAttentionInputLayer",
     "ATTENTION_OUTPUT": "IAttentionOutputLayer", "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
-    "QUANTIZE": "IQuantizeLayer", "DEQUANTIZE": "IDequantizeLayer",
+    "QUANTIZE": "IQuantizeLayer", "DEQUANTIZE": "IDequantizeLayer", "DYNAMIC_QUANTIZE": "IDynamicQuantizeLayer",
 }  # fmt: skip
 
 
@@ -35,6 +36,9 @@ def run_network(trt: Any, network: Any, inputs: Mapping[str, Tensor]) -> dict[st
         if info.dtype.name in ("INT4", "FP4"):
             values[info.name] = _unpack(given, info.dtype.name)
             assert tuple(values[info.name].shape) == tuple(info.shape), info.name
+            continue
+        if info.dtype.name == "E8M0":
+            values[info.name] = torch.pow(2.0, given.float() - 127)
             continue
         assert (given.dtype, tuple(given.shape)) == (_TORCH[info.dtype.name], tuple(info.shape)), info.name
     for index in range(network.num_layers):
@@ -209,6 +213,33 @@ def _quantize(layer: Any, x: Tensor, scale: Tensor) -> Tensor:
     return scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
+def _dynamic_quantize(layer: Any, x: Tensor, double_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Blocks along the last dimension: NVFP4 with FP8 scales over a global one, MXFP4 and MXFP8 with powers of two."""
+    assert layer.axis == x.dim() - 1
+    blocks = x.float().unflatten(-1, (-1, layer.block_size))
+    largest = blocks.abs().amax(-1)
+    limit = 6.0 if layer.to_type.name == "FP4" else 448.0
+    if layer.scale_type.name == "FP8":
+        assert double_scale is not None
+        scale = (largest / (limit * double_scale.float())).clamp(max=448).to(torch.float8_e4m3fn)
+        factor = scale.float() * double_scale.float()
+    elif layer.to_type.name == "FP8":
+        factor = scale = torch.pow(2.0, torch.ceil(torch.log2(largest / limit)).clamp(-127, 127))
+    else:  # the MX specification's rule: the exponent of the largest less that of the largest e2m1 number, 2
+        factor = scale = torch.pow(2.0, (torch.floor(torch.log2(largest)) - 2).clamp(-127, 127))
+    scaled = blocks / torch.where(factor == 0, 1.0, factor)[..., None]
+    if layer.to_type.name == "FP8":
+        return scaled.clamp(-448, 448).to(torch.float8_e4m3fn).flatten(-2), scale
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    middles = (grid[1:] + grid[:-1]) / 2
+    size = scaled.abs().contiguous()
+    down, up = (
+        torch.bucketize(size, middles),
+        torch.bucketize(size, middles, right=True),
+    )  # they differ in the middle alone
+    return (grid[torch.where(down % 2 == 0, down, up)].copysign(scaled)).flatten(-2), scale
+
+
 _WITH_VALUES = ("ATTENTION_INPUT",)
 _LAYERS: dict[str, Callable[..., Any]] = {
     "ACTIVATION": _activation,
@@ -232,6 +263,7 @@ _LAYERS: dict[str, Callable[..., Any]] = {
     "ATTENTION_INPUT": _attention,
     "ATTENTION_OUTPUT": lambda layer, x: x,
     "QUANTIZE": _quantize,
+    "DYNAMIC_QUANTIZE": _dynamic_quantize,
     "DEQUANTIZE": lambda layer, x, scale: (x.float() * _blocks(layer, x, scale)).to(_TORCH[layer.to_type.name]),
     "KV_CACHE_UPDATE": _kv_cache_update,
 }

@@ -99,6 +99,8 @@ def _info(tensor: Any) -> TensorInfo:
     name, shape = tensor.dtype.name, tuple(tensor.shape)
     if name in ("INT4", "FP4"):  # two values to a byte
         return TensorInfo(tensor.name, torch.uint8, (*shape[:-1], shape[-1] // 2))
+    if name == "E8M0":
+        return TensorInfo(tensor.name, torch.uint8, shape)
     return TensorInfo(tensor.name, _TORCH[name], shape)
 
 
