@@ -187,7 +187,7 @@ def _round(
             plan.format,
             damp=recipe.gptq_damp,
             block=recipe.gptq_block,
-            act_order="static" if recipe.act_order else "none",
+            act_order=recipe.act_order,
             name=plan.weight,
         )
         return rounded.parts, rounded.order

@@ -18,7 +18,6 @@ Memory: float32 copies of W, of H and of its inverse.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ from torch import Tensor
 from ...graph.linear_format import LinearFormat, check_divides
 from ...graph.quant_formats import QuantizedWeight
 from .grid import Grid
-
-ActOrder = Literal["none", "static", "gather"]
+from .recipe import ActOrder
 
 _MAX_DAMP = 1.0
 

@@ -15,9 +15,11 @@ from ...graph.linear_format import LinearFormat
 
 Algorithm = Literal["round", "awq", "gptq", "smoothquant"]
 KVCache = Literal["auto", "fp8", "int8"]
+ActOrder = Literal["none", "static", "gather"]
 
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 KV_CACHES: tuple[KVCache, ...] = get_args(KVCache)
+ACT_ORDERS: tuple[ActOrder, ...] = get_args(ActOrder)
 HEAD = "lm_head"
 ROUTER = "router"
 ROLES = (HEAD, ROUTER)
@@ -57,13 +59,15 @@ class Recipe:
     """GPTQ: columns between updates of all columns behind them."""
     gptq_damp: float = 0.01
     """GPTQ: share of the Hessian's mean diagonal that is added to its diagonal."""
-    act_order: bool = False
-    """GPTQ: columns in the order of falling activations."""
+    act_order: ActOrder = "none"
+    """GPTQ: "static": columns are rounded in the order of falling activations, groups stay as they are; "gather": they are stored
+    so, groups of alike columns, and the input is gathered in each step."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("algorithm", self.algorithm, ALGORITHMS),
             ("kv_cache", self.kv_cache, KV_CACHES),
+            ("act_order", self.act_order, ACT_ORDERS),
         ):
             if value not in allowed:
                 raise ValueError(f"recipe: {name} is {value!r}; allowed: {', '.join(allowed)}")
@@ -78,12 +82,6 @@ class Recipe:
                 raise ValueError(f"recipe: {name} is {number}; allowed: {low} to {high}")
         if self.max_bits is not None and self.max_error is not None:
             raise ValueError("recipe: max_bits and max_error are both given; one budget at a time")
-        if (
-            self.algorithm in ("awq", "gptq")
-            and self.format is not None
-            and self.format.weights not in ("int4", "int8")
-        ):
-            raise ValueError(f"recipe: {self.algorithm} is for int4 and int8 weights, not {self.format.weights}")
         for pattern, override in self.overrides:
             if override is not None and override.overrides:
                 raise ValueError(f"recipe: the override {pattern!r} has overrides itself; give them in one list")
@@ -171,6 +169,7 @@ RECIPES: dict[str, Recipe] = {
     "fp8": _recipe("fp8/fp8"),
     "fp8_static": _recipe("fp8:tensor/fp8_static"),
     "fp8_block": _recipe("fp8:block128/fp8_block"),
+    "fp8_gptq": _recipe("fp8/fp8", algorithm="gptq", act_order="static"),
     "fp8_weight_only": _recipe("fp8/none"),
     "int8": _recipe("int8/int8"),
     "int8_smoothquant": _recipe("int8/int8", algorithm="smoothquant"),
@@ -180,6 +179,7 @@ RECIPES: dict[str, Recipe] = {
     "int4_gptq": _recipe("int4:g128/none", algorithm="gptq"),
     "w4a8": _recipe("int4:g128/fp8"),
     "nvfp4": _recipe("nvfp4/nvfp4"),
+    "nvfp4_gptq": _recipe("nvfp4/nvfp4", algorithm="gptq"),
     "nvfp4_weight_only": _recipe("nvfp4/none"),
     "mxfp4": _recipe("mxfp4/mxfp4"),
     "mxfp4_weight_only": _recipe("mxfp4/none"),

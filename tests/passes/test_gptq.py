@@ -1,0 +1,95 @@
+"""GPTQ against the algorithm written out, column by column, and against rounding to nearest, in every format and order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from camshaft.graph.linear_format import LinearFormat
+from camshaft.graph.quant_formats import dequantize_weight, quantize_weight
+from camshaft.passes.quantization.gptq import gptq, output_error
+from camshaft.passes.quantization.grid import Grid
+from torch import Tensor
+
+FORMATS = (
+    "int4:g32/none", "int4:g32:zp/none", "int8/int8", "int8:g32:zp/none", "fp8/fp8", "fp8:tensor/fp8_static",
+    "fp8:block128/fp8_block", "nvfp4/nvfp4", "mxfp4/none", "mxfp8/none",
+)  # fmt: skip
+
+
+def _case(rows: int = 48, dim: int = 128) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, dim, generator=generator) * 0.05
+    x = torch.randn(1024, dim, generator=generator)
+    mixed = x @ (torch.eye(dim) + torch.randn(dim, dim, generator=generator) * 0.1)
+    mixed[:, 5] *= 6
+    return weight, mixed.t() @ mixed / 1024
+
+
+def _by_hand(weight: Tensor, hessian: Tensor, grid: Grid, order: list[int], damp: float) -> Tensor:
+    """Solves for the best update of all columns left, after each column (Optimal Brain Quantization, equation 3 of the paper)."""
+    work, left = weight.double().clone(), list(order)
+    damped = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(len(order), dtype=torch.float64)
+    while left:
+        inverse = torch.linalg.inv(damped[left][:, left])
+        first = left[0]
+        rounded = grid.round(work[:, first].float(), first).double()
+        step = (work[:, first] - rounded) / inverse[0, 0]
+        work[:, left] -= step[:, None] * inverse[0]
+        work[:, first] = rounded
+        left = left[1:]
+    return work.float()
+
+
+@pytest.mark.parametrize("act_order", ["none", "static"])
+def test_it_is_the_algorithm_written_out(act_order: str) -> None:
+    format = LinearFormat.parse("int8/none")  # one scale a row: the grid is known beforehand in any order
+    weight, hessian = _case(16, 32)
+    order = (
+        list(range(32)) if act_order == "none" else hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    )
+    grid = Grid.of(weight, format, hessian.diagonal())
+    expected = _by_hand(weight, hessian, grid, order, 0.01)
+    found = gptq(weight, hessian, format, block=8, act_order=act_order)  # type: ignore[arg-type]
+    actual = dequantize_weight(found.parts, format)
+    step = grid.scale
+    # float32 against float64: a value at the middle of two steps may fall to either side
+    assert ((actual - expected).abs() < 0.5 * step).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("act_order", ["none", "static", "gather"])
+def test_it_beats_rounding_to_nearest(format: str, act_order: str) -> None:
+    parsed = LinearFormat.parse(format)
+    weight, hessian = _case()
+    kept = hessian.clone()
+    nearest = dequantize_weight(quantize_weight(weight, parsed, candidates=16), parsed)
+    found = gptq(weight, hessian, parsed, act_order=act_order)  # type: ignore[arg-type]
+    dense = dequantize_weight(found.parts, parsed)
+    if found.order is not None:
+        dense = torch.empty_like(dense).index_copy_(1, found.order, dense)
+    assert output_error(weight, dense, hessian) < 0.75 * output_error(weight, nearest, hessian)
+    assert torch.equal(hessian, kept)
+
+
+def test_the_size_of_blocks_does_not_matter() -> None:
+    weight, hessian = _case()
+    format = LinearFormat.parse("int4:g32/none")
+    small, large = (gptq(weight, hessian, format, block=block).parts.values for block in (32, 128))
+    assert (small != large).float().mean() < 0.02
+
+
+def test_inputs_that_are_always_zero_do_not_hinder() -> None:
+    weight, hessian = _case()
+    hessian[7], hessian[:, 7] = 0, 0
+    format = LinearFormat.parse("int4:g32/none")
+    found = gptq(weight, hessian, format, act_order="static")
+    assert not dequantize_weight(found.parts, format)[:, 7].any()
+
+
+def test_moments_of_few_tokens_are_damped() -> None:
+    weight, _ = _case()
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    found = gptq(weight, x.t() @ x / 4, LinearFormat.parse("int4:g32/none"))
+    assert torch.isfinite(found.parts.scale).all()
+    with pytest.raises(ValueError, match="q_proj: .* no Cholesky factor"):
+        gptq(weight, torch.full((128, 128), float("nan")), LinearFormat.parse("int4:g32/none"), name="q_proj")
