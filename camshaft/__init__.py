@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .api import compile, load, trace
     from .export.engine import Engine
     from .export.whole import Export, export_model
+    from .passes.quantization.recipe import Recipe
     from .runtime import LLM, RequestOutput, SamplingParams
 
 _HOME = {
@@ -21,6 +22,7 @@ _HOME = {
     "Export": ".export.whole",
     "export_model": ".export.whole",
     "LLM": ".runtime",
+    "Recipe": ".passes.quantization.recipe",
     "SamplingParams": ".runtime",
     "RequestOutput": ".runtime",
 }
@@ -29,6 +31,7 @@ __all__ = [
     "LLM",
     "Engine",
     "Export",
+    "Recipe",
     "RequestOutput",
     "SamplingParams",
     "__version__",

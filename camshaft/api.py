@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
     from .export.build import Progress
     from .export.engine import Engine
+    from .export.quantization import ReadCalibration
     from .graph.program import Program
+    from .models.huggingface import ModelSource
+    from .passes.quantization.calibration import CalibrationData
+    from .passes.quantization.recipe import Recipe
+
+    Calibration = str | Sequence[str] | Sequence[Sequence[int]] | CalibrationData | None
 
 
 def compile(
@@ -29,7 +35,9 @@ def compile(
     block_size: int = 16,
     buckets: Sequence[int] | None = None,
     capabilities: Sequence[str] | None = None,
-    quantize: str | None = None,
+    quantize: str | Recipe | None = None,
+    group: int | None = None,
+    calibration: Calibration = None,
     kv_cache_dtype: str = "auto",
     batch_invariant: bool = False,
     cache: bool = True,
@@ -55,8 +63,10 @@ def compile(
         buckets: on CUDA, token counts that TensorRT engines are built for and decode steps are captured for; None: 1, 2, 4
             ... max_sequences ... max_batch_tokens.
         capabilities: compute capabilities that TensorRT engines are built for, such as "8.9"; None: any.
-        quantize: "fp8": linear layers in float8_e4m3fn, weights with a scale per output row (made here, max-abs), activations
-            with one per token; None: as the weights are. See docs/quantization.md.
+        quantize: a recipe for linear layers, by name ("fp8", "int8", "int4_awq", "nvfp4" ...) or as a `camshaft.Recipe`; None: as
+            the weights are. See docs/quantization.md.
+        group: another length of the recipe's groups along K.
+        calibration: for recipes that need data: texts, rows of token ids, or `CalibrationData`; None: for "demo" its own text.
         kv_cache_dtype: what keys and values are stored as: "auto", the compute dtype, or "fp8", float8_e4m3fn.
         batch_invariant: a token's logits do not depend, to the last bit, on what else is in its step; CUDA only, slower.
         cache: reuse an equal build, and keep this one for the next ($CAMSHAFT_CACHE or ~/.cache/camshaft).
@@ -72,13 +82,15 @@ def compile(
     if example_inputs is not None:
         from .export.module import compile_module
 
-        if quantize is not None or kv_cache_dtype != "auto" or batch_invariant:
+        if quantize is not None or calibration is not None or kv_cache_dtype != "auto" or batch_invariant:
             raise ValueError(
-                "quantize, kv_cache_dtype and batch_invariant are options of decoders; leave them out with example_inputs"
+                "quantize, calibration, kv_cache_dtype and batch_invariant are options of decoders; leave them out with "
+                "example_inputs"
             )
         return compile_module(model, example_inputs, target=target, device=device, dynamic_shapes=dynamic_shapes)
     from .export.build import BuildRequest, build_engine, is_decoder
 
+    read = calibration_reader(model, quantize, calibration)
     if model == "demo":
         from .models import demo
 
@@ -99,6 +111,8 @@ def compile(
         buckets=tuple(buckets) if buckets is not None else None,
         capabilities=tuple(capabilities or ()),
         quantize=quantize,
+        group=group,
+        calibration=read,
         kv_cache_dtype=kv_cache_dtype,
         batch_invariant=batch_invariant,
         use_cache=cache,
@@ -107,6 +121,49 @@ def compile(
     )
     with progress_bar(progress) as report:
         return build_engine(model, request, report)
+
+
+def calibration_reader(model: Any, quantize: str | Recipe | None, calibration: Calibration) -> ReadCalibration | None:
+    """What makes token ids of calibration data with a model's tokenizer; None: there is no data.
+
+    The demo model's own text is taken where a recipe needs data and none is given. Raises ValueError for an unknown recipe.
+    """
+    from .export.quantization import resolve_recipe
+
+    if calibration is None:
+        recipe = resolve_recipe(quantize)
+        if model != "demo" or recipe is None or not recipe.calibrated:
+            return None
+        from .models import demo
+
+        calibration = demo.calibration_path().read_text(encoding="utf-8")
+    given = [calibration] if isinstance(calibration, str) else calibration
+
+    def read(source: ModelSource) -> CalibrationData:
+        return _token_rows(given, source)
+
+    return read
+
+
+def _token_rows(given: Any, source: ModelSource) -> CalibrationData:
+    from .passes.quantization.calibration import CalibrationData
+
+    if isinstance(given, CalibrationData):
+        return given
+    rows: list[Sequence[int]] = []
+    tokenizer = None
+    for item in given:
+        if not isinstance(item, str):
+            rows.append(item)
+            continue
+        if tokenizer is None:
+            from .runtime.tokenizer import Tokenizer
+
+            if source.tokenizer_dir is None:
+                raise ValueError(f"calibration has texts and {source.name} no tokenizer; give rows of token ids")
+            tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
+        rows += [tokenizer.encode(part) for part in item.split("\f") if part.strip()]
+    return CalibrationData.of(rows)
 
 
 def trace(model: Any, *, dtype: str | torch.dtype | None = None) -> Program:

@@ -19,6 +19,8 @@ from ..models.huggingface import ModelSource, open_model, trace_decoder
 from ..passes.base import GraphPass
 from ..passes.manager import PassManager
 from ..passes.pipeline import decoder_passes
+from ..passes.quantization.algorithm import LayerQuantizer
+from ..passes.quantization.recipe import Recipe
 from . import cache
 from .buckets import default_buckets
 from .choose import Lowering, lower_program
@@ -26,11 +28,21 @@ from .engine import Engine
 from .manifest import (
     CACHE_DTYPES,
     FORMAT_VERSION,
-    QUANTIZE_FORMATS,
     BuildConfig,
     Manifest,
     ModelFacts,
     hardware_of,
+)
+from .quantization import (
+    ReadCalibration,
+    kernel_support,
+    quantizer_of,
+    read_calibration,
+    recipe_data,
+    recipe_of,
+    recipe_text,
+    resolve_recipe,
+    uses_fp8,
 )
 from .targets.base import available_targets, get_target
 from .timer import Progress, Timer
@@ -59,7 +71,9 @@ class BuildRequest:
     dump_dir: Path | None = None
     buckets: tuple[int, ...] | None = None
     capabilities: tuple[str, ...] = ()
-    quantize: str | None = None
+    quantize: str | Recipe | None = None
+    group: int | None = None
+    calibration: ReadCalibration | None = None
     kv_cache_dtype: str = "auto"
     batch_invariant: bool = False
 
@@ -99,7 +113,10 @@ def build_engine(model: Any, request: BuildRequest, progress: Progress | None = 
     dtype = resolve_dtype(request.dtype, device)
     timer.begin("opening the model")
     source = open_model(model, dtype)
+    _check_stored(source, request)
     config = _config(request, source, device, dtype)
+    data = read_calibration(recipe_of(config.quantize), request.calibration, source)
+    config = replace(config, calibration=None if data is None else data.digest())
     key = cache.build_key(_identity(source, config, request))
     if request.use_cache and not request.verify and request.dump_dir is None:
         engine = cache.find(key, source.weights, source.tokenizer_dir)
@@ -111,27 +128,31 @@ def build_engine(model: Any, request: BuildRequest, progress: Progress | None = 
     timer.begin("tracing")
     program = trace_decoder(source)
     timer.begin("passes")
-    program = _run_passes(program, config, request)
+    program = _run_passes(program, config, request, quantizer_of(data, device, progress))
     verify_packed(program)
     facts = _facts(source, program)
     return _lower(program, source, config, facts, key, request, timer)
 
 
-def _run_passes(program: Program, config: BuildConfig, request: BuildRequest) -> Program:
+def _run_passes(
+    program: Program, config: BuildConfig, request: BuildRequest, quantizer: LayerQuantizer | None
+) -> Program:
     compare = None
     if request.verify:
         from ..graph.numerics import Comparison
 
         compare = Comparison(program)
-    manager = PassManager(passes_of(config), dump_dir=request.dump_dir, compare=compare)
+    manager = PassManager(passes_of(config, quantizer), dump_dir=request.dump_dir, compare=compare)
     return manager.run(program)
 
 
-def passes_of(config: BuildConfig) -> list[GraphPass]:
-    """The passes of a build."""
+def passes_of(config: BuildConfig, quantizer: LayerQuantizer | None = None) -> list[GraphPass]:
+    """The passes of a build. quantizer: needed where its recipe is calibrated."""
     return decoder_passes(
         block_size=config.block_size,
-        quantize=config.quantize,
+        quantize=recipe_of(config.quantize),
+        quantizer=quantizer,
+        kernels=kernel_support(config.target, torch.device(config.device)),
         cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
         fuse_rope=config.device == "cuda",
     )
@@ -230,7 +251,11 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
             )
     if request.capabilities and request.target != "tensorrt":
         raise ValueError(f"capabilities are for target tensorrt, and the target is {request.target}; leave them out")
-    _check_precision(request, device)
+    recipe = resolve_recipe(request.quantize, request.group)
+    kv_cache_dtype = request.kv_cache_dtype
+    if kv_cache_dtype == "auto" and recipe is not None:
+        kv_cache_dtype = recipe.kv_cache
+    _check_precision(request, recipe, kv_cache_dtype, device)
     return BuildConfig(
         target=request.target,
         device=device.type,
@@ -241,22 +266,27 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
         block_size=request.block_size,
         buckets=_buckets(request.buckets, max_batch_tokens, max_sequences) if on_gpu else (),
         capabilities=request.capabilities,
-        quantize=request.quantize,
-        kv_cache_dtype=request.kv_cache_dtype,
+        quantize=recipe_data(recipe),
+        kv_cache_dtype=kv_cache_dtype,
         batch_invariant=request.batch_invariant,
     )
 
 
-def _check_precision(request: BuildRequest, device: torch.device) -> None:
-    """Raises ValueError for an unknown format, or batch_invariant where there are no kernels for it."""
-    if request.quantize not in (None, *QUANTIZE_FORMATS):
+def _check_stored(source: ModelSource, request: BuildRequest) -> None:
+    """Raises ValueError where a checkpoint that is quantized already is to be quantized."""
+    if source.quantized is not None and request.quantize is not None:
         raise ValueError(
-            f"quantize is {request.quantize!r}; allowed: {', '.join(map(repr, QUANTIZE_FORMATS))}, or None"
+            f"quantize is {request.quantize!s}, and the checkpoint {source.name} is quantized already ({source.quantized}); leave "
+            "it out, or give a checkpoint that is not quantized"
         )
-    if request.kv_cache_dtype not in CACHE_DTYPES:
-        raise ValueError(f"kv_cache_dtype is {request.kv_cache_dtype!r}; allowed: {', '.join(map(repr, CACHE_DTYPES))}")
+
+
+def _check_precision(request: BuildRequest, recipe: Recipe | None, kv_cache_dtype: str, device: torch.device) -> None:
+    """Raises ValueError for an unknown dtype of the cache, or for what the device has no kernels for."""
+    if kv_cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}; allowed: {', '.join(map(repr, CACHE_DTYPES))}")
     if device.type == "cuda" and torch.cuda.is_available() and not request.capabilities:
-        _check_fp8(request, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        _check_fp8(recipe, kv_cache_dtype, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
     if request.batch_invariant and device.type != "cuda":
         raise ValueError(
             f"batch_invariant is on and the device is {device.type}; its kernels run on CUDA only: leave it out, or build with "
@@ -264,10 +294,10 @@ def _check_precision(request: BuildRequest, device: torch.device) -> None:
         )
 
 
-def _check_fp8(request: BuildRequest, gpu: str, capability: tuple[int, int]) -> None:
+def _check_fp8(recipe: Recipe | None, kv_cache_dtype: str, gpu: str, capability: tuple[int, int]) -> None:
     """Raises ValueError where fp8 is asked of a GPU that has none: neither conversions nor products before 8.9."""
-    options = {"quantize": request.quantize, "kv_cache_dtype": request.kv_cache_dtype}
-    asked = [f"{name}='fp8'" for name, value in options.items() if value == "fp8"]
+    asked = [f"quantize={recipe_text(recipe_data(recipe))!r}"] if uses_fp8(recipe) else []
+    asked += ["kv_cache_dtype='fp8'"] if kv_cache_dtype == "fp8" else []
     if asked and capability < _FP8_CAPABILITY:
         least = ".".join(map(str, _FP8_CAPABILITY))
         raise ValueError(
@@ -306,8 +336,13 @@ def _identity(source: ModelSource, config: BuildConfig, request: BuildRequest) -
         "build": vars(config),
         "class": type(model).__qualname__,
         "config": model.config.to_dict(),
-        "weights": {n: [list(w.shape), str(w.dtype)] for n, w in source.weights.items()},
+        "weights": {
+            n: [list(w.shape), str(w.dtype), w.stored.identity if w.stored is not None else None]
+            for n, w in source.weights.items()
+        },
         "constants": cache.constant_digest(buffers),
+        # what calibration finds depends on the weights themselves, and is kept in the cache
+        "values": None if config.calibration is None else cache.weight_digest(source.weights),
         "name": source.name,
         "eos": source.eos_token_ids,
     }

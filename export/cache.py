@@ -86,10 +86,23 @@ def find(key: str, sources: Mapping[str, Weight], tokenizer: Path | None) -> Eng
     return Engine(manifest, plan, {**fixed, **remade}, entry / "engines", tokenizer)
 
 
+def weight_digest(weights: Mapping[str, Weight]) -> str:
+    """Hash of the values of all weights, which are read one after the other."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(_bytes(weights[name].load()))
+    return digest.hexdigest()[:16]
+
+
 def constant_digest(weights: Mapping[str, torch.Tensor]) -> str:
     """Hash of computed buffers, which the config alone does not determine for a model in memory."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(weights[name]))
     return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -19,6 +19,7 @@ from ..graph.program import Program
 from .lower import lower_plan
 from .manifest import BuildConfig, EngineFile
 from .partition import partition
+from .quantization import recipe_of, recipe_text, runs_on_cpu
 from .segment import Plan, SegmentStep
 from .targets.base import LoweringError, get_target
 from .timer import Timer
@@ -115,8 +116,9 @@ def _lower(
 def _fastest_on_cpu(program: Program, config: BuildConfig) -> tuple[str, list[str]]:
     """(name of the fastest target, report lines): onnxruntime and eager are timed."""
     device = torch.device(config.device)
-    if config.quantize is not None:
-        return "eager", [f"auto: eager, since {config.quantize} linear layers have no ONNX Runtime form"]
+    recipe = recipe_of(config.quantize)
+    if recipe is not None and not runs_on_cpu(recipe):
+        return "eager", [f"auto: eager, since {recipe_text(config.quantize)} linear layers have no ONNX Runtime form"]
     candidates = ["eager"]
     if config.dtype == "float32" and get_target("onnxruntime").unavailable(device) is None:
         candidates.append("onnxruntime")

@@ -15,8 +15,6 @@ from ..graph.program import CacheSpec, LayerCache, PassRecord
 
 FORMAT_VERSION = 1
 """Version of the artifact's layout. A reader refuses a higher one."""
-QUANTIZE_FORMATS = ("fp8",)
-"""What `quantize` may be, besides None."""
 CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn}
 """What `kv_cache_dtype` may be, and the dtype of keys and values; None: the one they are computed in."""
 
@@ -43,8 +41,10 @@ class BuildConfig:
     """Token counts that engines of fixed size are built for and CUDA graphs are captured for, ascending; () on the CPU."""
     capabilities: tuple[str, ...] = ()
     """Compute capabilities that TensorRT engines are built for, such as "8.9"; (): engines that run on any GPU."""
-    quantize: str | None = None
-    """Format of linear layers: None as they are, "fp8" float8_e4m3fn (weights per channel, activations per token)."""
+    quantize: str | dict[str, Any] | None = None
+    """Recipe of linear layers: None as they are; a name ("fp8", "int4_awq") or the fields of one that has none."""
+    calibration: str | None = None
+    """Hex digits of the data that the recipe was calibrated on; None: it needs none."""
     kv_cache_dtype: str = "auto"
     """What keys and values are stored as: "auto" the compute dtype, "fp8" float8_e4m3fn."""
     batch_invariant: bool = False

@@ -10,25 +10,21 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .quant_ops import FP8_MAX
+from .linear_format import LinearFormat, Part, part_shapes
+from .quant_formats import QuantizedWeight, dequantize_weight, quantize_weight
 
 if TYPE_CHECKING:
     from .stored_weight import StoredPart, StoredWeight
 
 Recipe = dict[str, Any]
 """{"source": name}, {"cast": recipe, "dtype": name}, {"transpose": recipe}, {"concatenate": [recipes], "dim": int},
-{"quantize_rows": recipe, "part": "values" or "scale"} or {"stored": recipe, "part": a StoredPart}."""
-
-Part = Literal["values", "scale"]
-
-_CHUNK_ELEMENTS = 1 << 24
-"""Of a weight that are quantized at a time: quantizing needs several float32 copies of them."""
-_SCALE_STEPS = 8
+{"quantize": recipe, "format": text, "candidates": int, "part": a Part}, {"round": recipe, "format": text, "candidates": int} (what
+those parts mean, dense) or {"stored": recipe, "part": a StoredPart}."""
 
 
 @dataclass(frozen=True)
@@ -137,65 +133,57 @@ def concatenate(weights: list[Weight], dim: int = 0) -> Weight:
 
 
 # ------------------------------------------------------------------------------------------------------------ quantized
-class QuantizedRows:
-    """A matrix [N, K] as float8_e4m3fn values [N, K] and float32 scales [N]: two weights from one source.
+class QuantizedParts:
+    """A matrix [N, K] rounded to nearest in a format: the tensors that it is stored as, all from one source.
 
-    The source is read and quantized once for both: what was not asked for is kept until it is.
+    The source is read and quantized once for all of them: what was not asked for is kept until it is. candidates: as in
+    `quantize_weight`.
     """
 
-    def __init__(self, weight: Weight) -> None:
-        assert len(weight.shape) == 2, weight.shape
+    def __init__(self, weight: Weight, format: LinearFormat, candidates: int = 1) -> None:
+        self.shapes = part_shapes(format, weight.shape)
         self.weight = weight
+        self.format = format
+        self.candidates = candidates
         self._kept: dict[Part, Tensor] = {}
         self._lock = threading.Lock()
 
     def part(self, part: Part) -> Weight:
-        """One of the two weights."""
-        shape, dtype = (
-            (self.weight.shape, torch.float8_e4m3fn) if part == "values" else (self.weight.shape[:1], torch.float32)
+        """One of the weights; `shapes` names them."""
+        shape, dtype = self.shapes[part]
+        return Weight(
+            shape,
+            dtype,
+            lambda: self._take(part, None),
+            self._recipe("quantize", {"part": part}),
+            lambda device: self._take(part, device),
         )
+
+    def dense(self) -> Weight:
+        """The matrix that the stored tensors mean, in the source's dtype."""
+
+        def make(parts: Iterator[Tensor]) -> Tensor:
+            matrix = next(parts)
+            return dequantize_weight(self._quantize(matrix), self.format, matrix.dtype)
+
+        return make_weight([self.weight], make, self.weight.shape, self.weight.dtype, self._recipe("round", {}))
+
+    def _recipe(self, kind: str, more: Recipe) -> Recipe | None:
         source = self.weight.recipe
-        recipe = None if source is None else {"quantize_rows": source, "part": part}
-        return Weight(shape, dtype, lambda: self._take(part, None), recipe, lambda device: self._take(part, device))
+        if source is None:
+            return None
+        return {kind: source, "format": str(self.format), "candidates": self.candidates, **more}
+
+    def _quantize(self, matrix: Tensor) -> QuantizedWeight:
+        return quantize_weight(matrix, self.format, candidates=self.candidates)
 
     def _take(self, part: Part, device: torch.device | None) -> Tensor:
         with self._lock:
             if part not in self._kept:
-                source = self.weight.load() if device is None else self.weight.to(device)
-                self._kept["values"], self._kept["scale"] = quantize_matrix(source)
+                stored = self._quantize(self.weight.load() if device is None else self.weight.to(device))
+                self._kept = {name: getattr(stored, name) for name in self.shapes}
             tensor = self._kept.pop(part)
             return tensor if device is None else tensor.to(device)
-
-
-def quantize_matrix(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """(float8_e4m3fn [N, K], float32 scales [N]) of a matrix, where it is, some rows at a time.
-
-    A row's scale is max-abs / 448 or up to twice that, whichever of eight gives the least squared error: how the values fall on
-    the eight steps of each power of two is chance, and the best of eight has about 13% less error than the first.
-    """
-    num_rows, dim = weight_NK.shape
-    values = torch.empty(weight_NK.shape, dtype=torch.float8_e4m3fn, device=weight_NK.device)
-    scales = torch.empty(num_rows, dtype=torch.float32, device=weight_NK.device)
-    step = max(1, _CHUNK_ELEMENTS // max(dim, 1))
-    for begin in range(0, num_rows, step):
-        rows = slice(begin, begin + step)
-        wide = weight_NK[rows].float()
-        scale = _best_scale(wide)
-        values[rows] = (wide / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-        scales[rows] = scale.squeeze(-1)
-    return values, scales
-
-
-def _best_scale(wide_NK: Tensor) -> Tensor:
-    """The scale [N, 1] of each row of float32, out of `_SCALE_STEPS` between max-abs / 448 and twice that."""
-    smallest = (wide_NK.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-    best, least = smallest, torch.full_like(smallest, float("inf"))
-    for step in range(_SCALE_STEPS):
-        scale = smallest * 2 ** (step / _SCALE_STEPS)
-        restored = (wide_NK / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).float() * scale
-        error = (restored - wide_NK).square_().sum(-1, keepdim=True)
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes
@@ -205,7 +193,7 @@ def from_recipe(recipe: Recipe, sources: Mapping[str, Weight]) -> Weight:
 
 
 def from_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Makes weights out of `sources` by their recipes; values and scale of one matrix share its reading. Raises KeyError."""
+    """Makes weights out of `sources` by their recipes; the parts of one quantized matrix share its reading. Raises KeyError."""
     remaker = _Remaker(sources)
     return {name: remaker.make(recipe) for name, recipe in recipes.items()}
 
@@ -213,7 +201,7 @@ def from_recipes(recipes: Mapping[str, Recipe], sources: Mapping[str, Weight]) -
 class _Remaker:
     def __init__(self, sources: Mapping[str, Weight]) -> None:
         self.sources = sources
-        self._quantized: dict[str, QuantizedRows] = {}
+        self._quantized: dict[str, QuantizedParts] = {}
 
     def make(self, recipe: Recipe) -> Weight:
         if "source" in recipe:
@@ -222,15 +210,21 @@ class _Remaker:
             return self.make(recipe["cast"]).cast(getattr(torch, recipe["dtype"]))
         if "transpose" in recipe:
             return self.make(recipe["transpose"]).transpose()
-        if "quantize_rows" in recipe:
-            source = recipe["quantize_rows"]
-            key = json.dumps(source, sort_keys=True)
-            if key not in self._quantized:
-                self._quantized[key] = QuantizedRows(self.make(source))
-            return self._quantized[key].part(recipe["part"])
+        if "quantize" in recipe:
+            return self._parts(recipe, "quantize").part(recipe["part"])
+        if "round" in recipe:
+            return self._parts(recipe, "round").dense()
         if "stored" in recipe:
             return self.make(recipe["stored"]).stored_part(recipe["part"])
         return concatenate([self.make(part) for part in recipe["concatenate"]], recipe["dim"])
+
+    def _parts(self, recipe: Recipe, kind: str) -> QuantizedParts:
+        """The quantized matrix of a recipe, made once for all its parts."""
+        text, candidates = recipe["format"], recipe["candidates"]
+        key = json.dumps([recipe[kind], text, candidates], sort_keys=True)
+        if key not in self._quantized:
+            self._quantized[key] = QuantizedParts(self.make(recipe[kind]), LinearFormat.parse(text), candidates)
+        return self._quantized[key]
 
 
 class WeightMap(Mapping[str, Weight]):

@@ -49,7 +49,7 @@ class BindStoredWeights(GraphPass):
     head: bool = False
 
     name = "bind_stored_weights"
-    stage = Stage.QUANTIZE
+    stage = Stage.FUSE
     numerics = "quantized"
 
     def run(self, program: Program) -> int:

@@ -48,7 +48,7 @@ class FoldChannelFactor(GraphPass):
     """Moves multiplications of channels by stored factors into norms and into the rows of earlier layers."""
 
     name = "fold_channel_factor"
-    stage = Stage.QUANTIZE
+    stage = Stage.FUSE
     numerics = "reordered"
 
     def run(self, program: Program) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from .base import GraphPass
+from .bind_stored_weights import BindStoredWeights
+from .fold_channel_factor import FoldChannelFactor
 from .fuse_add_norm import FuseAddNorm
 from .fuse_glu import FuseGlu
 from .fuse_glu_quantize import FuseGluQuantize
@@ -17,7 +19,10 @@ from .match_rms_norm import MatchRmsNorm
 from .match_rope import MatchRope
 from .normalize import Normalize
 from .page_attention import PageAttention
-from .quantize_fp8 import QuantizeFp8
+from .quantization.algorithm import LayerQuantizer
+from .quantization.recipe import Recipe
+from .quantization.support import KernelSupport
+from .quantize_linear import QuantizeLinear
 from .resolve_masks import ResolveMasks
 from .select_rows import SelectRows
 
@@ -32,32 +37,45 @@ def fuse_passes() -> list[GraphPass]:
     return [FuseProjections(), FuseGlu(), FuseAddNorm()]
 
 
-def quantize_passes(format: str | None) -> list[GraphPass]:
-    """Linear layers in another format ("fp8"), with what makes their inputs; none for None. Legal for any fused program."""
-    if format is None:
+def quantize_passes(
+    recipe: Recipe | None, quantizer: LayerQuantizer | None = None, kernels: KernelSupport | None = None
+) -> list[GraphPass]:
+    """Linear layers in other formats, with what makes their inputs; none for None. Legal for any fused program that is not paged.
+
+    quantizer: quantizes by calibration data. kernels: of the target; None: the operators' definitions run every format.
+    """
+    if recipe is None or recipe.format is None and not recipe.overrides:
         return []
-    assert format == "fp8", format
-    return [QuantizeFp8(), FuseNormQuantize(), FuseGluQuantize()]
+    fold = [FoldChannelFactor()] if recipe.calibrated else []
+    return [QuantizeLinear(recipe, quantizer, kernels), *fold, FuseNormQuantize(), FuseGluQuantize()]
+
+
+def stored_passes() -> list[GraphPass]:
+    """Linear layers that the checkpoint stores quantized, with what makes their inputs. Legal for any fused program."""
+    return [BindStoredWeights(), FuseNormQuantize(), FuseGluQuantize()]
 
 
 def decoder_passes(
     *,
     block_size: int,
-    quantize: str | None = None,
+    quantize: Recipe | None = None,
+    quantizer: LayerQuantizer | None = None,
+    kernels: KernelSupport | None = None,
     cache_dtype: torch.dtype | None = None,
     fuse_rope: bool = False,
 ) -> list[GraphPass]:
     """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out.
 
-    quantize: format of linear layers, None: as they are. cache_dtype: of keys and values, None: the one they are computed in.
-    fuse_rope: attention turns queries and keys itself (CUDA, whose attention kernels can).
+    quantize: recipe of linear layers, None: as the checkpoint has them; quantizer, kernels: see `quantize_passes`. cache_dtype: of
+    keys and values, None: the one they are computed in. fuse_rope: attention turns queries and keys itself (CUDA's kernels can).
     """
     return [
         *canonicalize_passes(),
         *fuse_passes(),
-        *quantize_passes(quantize),
+        *(stored_passes() if quantize is None else quantize_passes(quantize, quantizer, kernels)),
         PageAttention(block_size=block_size, cache_dtype=cache_dtype),
         SelectRows(),
+        *([BindStoredWeights(head=True)] if quantize is None else []),
         Normalize(),
         *([FuseRopeCache()] if fuse_rope else []),
     ]

@@ -18,6 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from ..graph.program import Program
+from ..graph.quantized_linear import QUANTIZED_LINEAR
 from .base import GraphPass, Stage, only_user
 from .match import ADDS, CASTS, COPIES, MULS, aten, call, infer, is_call, value
 
@@ -55,7 +56,7 @@ def head_of(logits: Any) -> fx.Node | None:
         node = tensors[0]
         if only_user(node) is None:
             return None
-    return node if is_call(node, aten.linear.default) and value(node.args[0]).dim() == 3 else None
+    return node if is_call(node, aten.linear.default, QUANTIZED_LINEAR) and value(node.args[0]).dim() == 3 else None
 
 
 def _varying_rows(node: fx.Node) -> torch.Tensor:

@@ -13,8 +13,10 @@ from .common import (
     BatchTokensOption,
     BlockSizeOption,
     BucketsOption,
+    CalibrationOption,
     DeviceOption,
     DtypeOption,
+    GroupOption,
     JsonOption,
     KvBytesOption,
     KvDtypeOption,
@@ -27,6 +29,7 @@ from .common import (
     output,
     parse_bytes,
     parse_numbers,
+    quantize_options,
 )
 
 if TYPE_CHECKING:
@@ -223,6 +226,8 @@ def run(
     block_size: BlockSizeOption = None,
     buckets: BucketsOption = None,
     quantize: QuantizeOption = None,
+    group: GroupOption = None,
+    calibration: CalibrationOption = None,
     kv_cache_dtype: KvDtypeOption = None,
     batch_invariant: BatchInvariantOption = None,
     no_cache: NoCacheOption = False,
@@ -259,7 +264,8 @@ def run(
         build={
             "target": target, "device": device, "dtype": dtype, "max_seq_len": max_seq_len,
             "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences, "block_size": block_size,
-            "buckets": parse_numbers(buckets, "--buckets"), "quantize": quantize, "kv_cache_dtype": kv_cache_dtype,
+            "buckets": parse_numbers(buckets, "--buckets"), "kv_cache_dtype": kv_cache_dtype,
+            **quantize_options(quantize, group, calibration),
             "batch_invariant": batch_invariant, "cache": False if no_cache else None,
         },
     )  # fmt: skip

@@ -70,6 +70,7 @@ def cell(summary: Mapping[str, float] | None) -> str:
 
 def result_table(document: Mapping[str, Any]) -> Table:
     """All results of a document side by side: median (min - max) of every metric."""
+    from ..export.quantization import recipe_text
     from ..runtime.bench.document import label_of
 
     model, workload, results = document["model"], document["workload"], document["results"]
@@ -79,7 +80,7 @@ def result_table(document: Mapping[str, Any]) -> Table:
         if any(metric in result["summary"] for result in results) and (load or not metric.endswith(_ONLY_UNDER_LOAD)):
             rows.append([label, *(cell(result["summary"].get(metric)) for result in results)])
     precision = ", ".join(
-        [model["dtype"], *([model["quantize"]] if model.get("quantize") else [])]
+        [model["dtype"], *([recipe_text(model["quantize"])] if model.get("quantize") else [])]
         + ([f"{model['kv_cache_dtype']} KV cache"] if model.get("kv_cache_dtype", "auto") != "auto" else [])
     )
     title = (

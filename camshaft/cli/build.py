@@ -15,8 +15,10 @@ from .common import (
     BatchTokensOption,
     BlockSizeOption,
     BucketsOption,
+    CalibrationOption,
     DeviceOption,
     DtypeOption,
+    GroupOption,
     JsonOption,
     KvDtypeOption,
     ModelArgument,
@@ -31,6 +33,7 @@ from .common import (
     parse_numbers,
     pass_table,
     precision_text,
+    quantize_options,
     resolve_model,
     table,
 )
@@ -61,6 +64,8 @@ def build(
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
     quantize: QuantizeOption = None,
+    group: GroupOption = None,
+    calibration: CalibrationOption = None,
     kv_cache_dtype: KvDtypeOption = None,
     batch_invariant: BatchInvariantOption = None,
     buckets: BucketsOption = None,
@@ -99,6 +104,7 @@ def build(
 
     with output(as_json) as to:
         _check_free(out, overwrite)
+        quantized = quantize_options(quantize, group, calibration)
         engine = camshaft.compile(
             model,
             target=target or "auto",
@@ -110,7 +116,7 @@ def build(
             block_size=16 if block_size is None else block_size,
             buckets=parse_numbers(buckets, "--buckets"),
             capabilities=capabilities.split(",") if capabilities else None,
-            quantize=quantize,
+            **quantized,
             kv_cache_dtype=kv_cache_dtype or "auto",
             batch_invariant=bool(batch_invariant),
             cache=not no_cache,
@@ -118,7 +124,7 @@ def build(
             dump_dir=dump,
         )
         engine.save(out, overwrite=overwrite)
-        check = verify_engine(engine, resolve_model(model)) if verify else None
+        check = verify_engine(engine, model, quantized["calibration"]) if verify else None
         saved = _saved(engine, out)
         to.document = _document(saved, out, check)
         _print(to, saved, out, report)
@@ -143,19 +149,25 @@ def _saved(engine: Engine, path: Path) -> Engine:
     return Engine(manifest, engine.plan, engine.weights, path / "engines", None)
 
 
-def verify_engine(engine: Engine, model: str) -> EngineCheck:
+def verify_engine(engine: Engine, model: str, calibration: str | None = None) -> EngineCheck:
     """The engine beside the model's captured program, quantized as the engine is, run by eager on the CPU."""
     import torch
 
+    from ..api import calibration_reader
     from ..export.bisect import check_engine
     from ..export.build import passes_of
+    from ..export.quantization import quantizer_of, read_calibration, recipe_of
     from ..models.huggingface import open_model, trace_decoder
     from ..passes.manager import PassManager
 
     config = engine.config
-    program = trace_decoder(open_model(model, getattr(torch, config.dtype)))
+    source = open_model(resolve_model(model), getattr(torch, config.dtype))
+    program = trace_decoder(source)
     if config.quantize is not None or config.kv_cache_dtype != "auto":
-        program = PassManager(passes_of(config)).run(program)
+        recipe = recipe_of(config.quantize)
+        data = read_calibration(recipe, calibration_reader(model, recipe, calibration), source)
+        quantizer = quantizer_of(data, torch.device(config.device))
+        program = PassManager(passes_of(config, quantizer)).run(program)
     return check_engine(engine, program)
 
 

@@ -72,9 +72,31 @@ QuantizeOption = Annotated[
     str | None,
     typer.Option(
         "--quantize",
-        metavar="FORMAT",
+        metavar="RECIPE",
         rich_help_panel=_BUILD,
-        help='"fp8": linear layers in 8-bit floats, quantized here; default: as the weights are.',
+        help='How linear layers are quantized: "fp8", "int8", "int4", "int4_awq", "nvfp4" ... (docs/quantization.md lists them), '
+        "or a recipe's JSON file; default: as the weights are.",
+        show_default=False,
+    ),
+]
+GroupOption = Annotated[
+    int | None,
+    typer.Option(
+        "--group",
+        metavar="N",
+        rich_help_panel=_BUILD,
+        help="Weights along a row that share a scale; default: what the recipe says.",
+        show_default=False,
+    ),
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        rich_help_panel=_BUILD,
+        help="Text to calibrate a recipe with, of the kind that the model will see; documents are separated by form feeds. The "
+        "demo model has its own.",
         show_default=False,
     ),
 ]
@@ -235,7 +257,9 @@ def precision_text(build: BuildConfig) -> str:
     """What a build computes in: "bfloat16, fp8 linear layers, fp8 KV cache, batch-invariant"."""
     parts = [build.dtype]
     if build.quantize is not None:
-        parts.append(f"{build.quantize} linear layers")
+        from ..export.quantization import recipe_text
+
+        parts.append(f"{recipe_text(build.quantize)} linear layers")
     if build.kv_cache_dtype != "auto":
         parts.append(f"{build.kv_cache_dtype} KV cache")
     if build.batch_invariant:
@@ -250,6 +274,31 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+# -------------------------------------------------------------------------------------------------------- quantization
+def quantize_options(quantize: str | None, group: int | None, calibration: Path | None) -> dict[str, Any]:
+    """The keyword arguments of `camshaft.compile` for --quantize, --group and --calibration; None where one was not given.
+
+    Raises ValueError for a file that cannot be read, or that is no recipe.
+    """
+    recipe: Any = quantize
+    if quantize is not None and quantize.endswith(".json"):
+        from ..passes.quantization.recipe import Recipe
+
+        try:
+            recipe = Recipe.from_json(json.loads(_text(Path(quantize), "--quantize")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--quantize {quantize} is not JSON ({error})") from error
+    text = None if calibration is None else _text(calibration, "--calibration")
+    return {"quantize": recipe, "group": group, "calibration": text}
+
+
+def _text(path: Path, option: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {path} cannot be read: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- engines

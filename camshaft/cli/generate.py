@@ -14,9 +14,11 @@ from .common import (
     BatchInvariantOption,
     BatchTokensOption,
     BlockSizeOption,
+    CalibrationOption,
     DeviceOption,
     DtypeOption,
     EngineOrModelArgument,
+    GroupOption,
     JsonOption,
     KvBytesOption,
     KvDtypeOption,
@@ -29,6 +31,7 @@ from .common import (
     open_engine,
     output,
     parse_bytes,
+    quantize_options,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +82,8 @@ def generate(
     max_sequences: SequencesOption = None,
     block_size: BlockSizeOption = None,
     quantize: QuantizeOption = None,
+    group: GroupOption = None,
+    calibration: CalibrationOption = None,
     kv_cache_dtype: KvDtypeOption = None,
     batch_invariant: BatchInvariantOption = None,
     as_json: JsonOption = False,
@@ -105,7 +110,7 @@ def generate(
             "max_batch_tokens": max_batch_tokens,
             "max_sequences": max_sequences,
             "block_size": block_size,
-            "quantize": quantize,
+            **quantize_options(quantize, group, calibration),
             "kv_cache_dtype": kv_cache_dtype,
             "batch_invariant": batch_invariant,
         }

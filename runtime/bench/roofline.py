@@ -13,7 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ...export.manifest import BuildConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +68,19 @@ def shape_facts(engine: Any) -> dict[str, Any] | None:
             step_weight_bytes=sum(w.num_bytes for w in weights) - table,
             kv_token_bytes=sum(group.bytes_per_block for group in groups) / engine.block_size,
             attention_width=_head_width(engine.manifest.model) * sum(group.num_layers for group in groups),
-            precision=config.quantize or config.dtype,
+            precision=_precision(config),
             head_precision="fp8" if min(w.dtype.itemsize for w in vocabulary) == 1 else config.dtype,
         )
     )
+
+
+def _precision(config: BuildConfig) -> str:
+    """What linear layers multiply in."""
+    from ...export.quantization import recipe_of
+
+    recipe = recipe_of(config.quantize)
+    formats = () if recipe is None else recipe.formats
+    return "fp8" if any(format.activations.startswith("fp8") for format in formats) else config.dtype
 
 
 def _head_width(model: Any) -> int:

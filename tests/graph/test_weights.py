@@ -6,15 +6,18 @@ import json
 
 import pytest
 import torch
+from camshaft.graph.linear_format import LinearFormat
+from camshaft.graph.quant_formats import quantize_weight
 from camshaft.graph.weights import (
-    QuantizedRows,
+    QuantizedParts,
     Weight,
     WeightMap,
     concatenate,
     from_recipe,
     from_recipes,
-    quantize_matrix,
 )
+
+FP8 = LinearFormat.parse("fp8/fp8")
 
 
 def _counting(tensor: torch.Tensor) -> tuple[Weight, list[int]]:
@@ -84,7 +87,7 @@ def test_map() -> None:
 def test_rows_quantized_are_read_once_for_both_parts() -> None:
     tensor = torch.randn(6, 32) * torch.tensor([[0.0], [1e-3], [1.0], [10.0], [1e4], [2.0]])
     weight, reads = _counting(tensor)
-    rows = QuantizedRows(weight.named("a"))
+    rows = QuantizedParts(weight.named("a"), FP8, candidates=8)
     values, scale = rows.part("values"), rows.part("scale")
     assert (values.shape, values.dtype, scale.shape, scale.dtype) == ((6, 32), torch.float8_e4m3fn, (6,), torch.float32)
     assert (values.num_bytes, scale.num_bytes, reads) == (192, 24, [])
@@ -101,7 +104,8 @@ def test_rows_quantized_are_read_once_for_both_parts() -> None:
 def test_scales_are_chosen_for_the_least_error() -> None:
     torch.manual_seed(0)
     tensor = torch.randn(64, 256)
-    values, scale = quantize_matrix(tensor)
+    stored = quantize_weight(tensor, FP8, candidates=8)
+    values, scale = stored.values, stored.scale
     plain, plain_scale = torch.ops.camshaft.quantize_rows(tensor)
     chosen = (values.float() * scale[:, None] - tensor).square().sum(1)
     first = (plain.float() * plain_scale - tensor).square().sum(1)
@@ -110,16 +114,18 @@ def test_scales_are_chosen_for_the_least_error() -> None:
 
 def test_quantizing_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(7, 16, dtype=torch.bfloat16)
-    values, scale = quantize_matrix(tensor)
-    monkeypatch.setattr("camshaft.graph.weights._CHUNK_ELEMENTS", 40)
-    pieces = quantize_matrix(tensor)
-    assert torch.equal(pieces[0].view(torch.uint8), values.view(torch.uint8)) and torch.equal(pieces[1], scale)
+    whole = quantize_weight(tensor, FP8, candidates=8)
+    monkeypatch.setattr("camshaft.graph.quant_formats._CHUNK_ELEMENTS", 40)
+    pieces = quantize_weight(tensor, FP8, candidates=8)
+    assert torch.equal(pieces.values.view(torch.uint8), whole.values.view(torch.uint8))
+    assert torch.equal(pieces.scale, whole.scale)
 
 
 def test_recipes_of_quantized_rows_share_their_source() -> None:
     weight, reads = _counting(torch.randn(4, 16))
-    rows = QuantizedRows(concatenate([weight.named("a"), weight.named("a")]).cast(torch.bfloat16))
-    recipes = {f"w.{part}": rows.part(part).recipe or {} for part in ("values", "scale")}
+    joined = concatenate([weight.named("a"), weight.named("a")]).cast(torch.bfloat16)
+    rows = QuantizedParts(joined, FP8, candidates=8)
+    recipes = {f"w.{part}": rows.part(part).recipe or {} for part in rows.shapes}
     assert recipes["w.scale"]["part"] == "scale"
     again = from_recipes(json.loads(json.dumps(recipes)), {"a": weight})
     assert torch.equal(again["w.values"].load().float(), rows.part("values").load().float())

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from camshaft.passes import quantize_fp8
 from camshaft.passes.fuse_glu import GLU, FuseGlu
 from camshaft.passes.fuse_glu_quantize import GLU_QUANTIZE, FuseGluQuantize
-from camshaft.passes.quantize_fp8 import QUANTIZE_ROWS, QuantizeFp8
+from camshaft.passes.quantization.recipe import Recipe
+from camshaft.passes.quantize_fp8 import QUANTIZE_ROWS
+from camshaft.passes.quantize_linear import QuantizeLinear
 from graph_cases import check, rows
 from torch import Tensor, nn
 
-BEFORE = [FuseGlu(), QuantizeFp8()]
+BEFORE = [FuseGlu(), QuantizeLinear(Recipe.named("fp8"))]
 TOLERANCE = 0.15  # of fp8 products; the fusion itself is exact
 
 
@@ -44,4 +46,11 @@ def test_a_gate_that_is_read_elsewhere_stays() -> None:
 
 
 def test_no_gate() -> None:
-    check(FuseGluQuantize(), nn.Linear(32, 16), rows(32), matches=0, before=[QuantizeFp8()], tolerance=TOLERANCE)
+    check(
+        FuseGluQuantize(),
+        nn.Linear(32, 16),
+        rows(32),
+        matches=0,
+        before=[QuantizeLinear(Recipe.named("fp8"))],
+        tolerance=TOLERANCE,
+    )

@@ -9,11 +9,13 @@ from camshaft.passes.fuse_add_norm import ADD_RMS_NORM, FuseAddNorm
 from camshaft.passes.fuse_norm_quantize import ADD_RMS_NORM_QUANTIZE, RMS_NORM_QUANTIZE, FuseNormQuantize
 from camshaft.passes.match_rms_norm import RMS_NORM, MatchRmsNorm
 from camshaft.passes.normalize import Normalize
-from camshaft.passes.quantize_fp8 import QUANTIZE_ROWS, QuantizeFp8
+from camshaft.passes.quantization.recipe import Recipe
+from camshaft.passes.quantize_fp8 import QUANTIZE_ROWS
+from camshaft.passes.quantize_linear import QuantizeLinear
 from graph_cases import LlamaNorm, captured, check, rows, run
 from torch import Tensor, nn
 
-BEFORE = [MatchRmsNorm(), FuseAddNorm(), QuantizeFp8()]
+BEFORE = [MatchRmsNorm(), FuseAddNorm(), QuantizeLinear(Recipe.named("fp8"))]
 TOLERANCE = 0.3  # of fp8 products; the fusion itself is exact
 
 
@@ -64,4 +66,11 @@ def test_a_norm_that_is_read_elsewhere_stays(residual: bool) -> None:
 
 
 def test_no_norm() -> None:
-    check(FuseNormQuantize(), nn.Linear(32, 16), rows(32), matches=0, before=[QuantizeFp8()], tolerance=TOLERANCE)
+    check(
+        FuseNormQuantize(),
+        nn.Linear(32, 16),
+        rows(32),
+        matches=0,
+        before=[QuantizeLinear(Recipe.named("fp8"))],
+        tolerance=TOLERANCE,
+    )
