@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +23,27 @@ def quiet_libraries() -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Builds and exports of one config share its trace; see shared_traces.py."""
+    import camshaft.export.whole.export  # noqa: F401  (it is imported lazily)
+    from camshaft.export import build, whole
+    from camshaft.models import huggingface
+    from shared_traces import trace_decoder
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (huggingface, build, whole.export):
+            patch.setattr(module, "trace_decoder", trace_decoder)
+        yield
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays until the end: the collector need not walk over it again and again while models are traced."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -175,8 +176,20 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Families of the support table that are checked by one short run each."""
 
+REPRESENTATIVE = ("llama", "qwen3", "gemma2", "gpt2", "bloom", "falcon", "gpt_oss", "mixtral", "deepseek_v3")
+"""Families that between them have every feature of the table: heads' norms, windows, soft caps, sinks, learned positions, ALiBi,
+parallel residuals, experts, keys and values of different size. Tests of every family run on these in `make test`."""
+
 FOREIGN_ATTENTION = ("falcon", "falcon_alibi")
 """Families whose attention class is fixed when the model is made; falcon's ALiBi is right in "sdpa" only."""
+
+
+def every_family(names: Iterable[str], quick: Iterable[str] = REPRESENTATIVE) -> list[Any]:
+    """Parameters of a test of every family: those outside `quick` are left to `make test-long`."""
+    import pytest
+
+    chosen = set(quick)
+    return [pytest.param(name, marks=() if name in chosen else pytest.mark.long) for name in names]
 
 
 def tiny_config(name: str) -> Any:
@@ -208,3 +221,13 @@ def greedy_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
         for _ in range(count):
             row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
     return row[len(prompt) :]
+
+
+def greedy_choices(model: Any, prompt: list[int], tokens: list[int]) -> list[int]:
+    """The eager model's choice at the place of each of `tokens`, which follow `prompt`, from one run over all of them.
+
+    The choices are `tokens` if and only if those are the greedy continuation: each is then the choice after those before it.
+    """
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+    return logits.argmax(-1).tolist()  # type: ignore[no-any-return]

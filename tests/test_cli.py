@@ -48,23 +48,6 @@ def model(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """verify and bisect trace the same model again and again: once is enough here."""
-    from camshaft.models import huggingface
-
-    honest, programs = huggingface.trace_decoder, {}
-
-    def trace(source):
-        if source.name not in programs:
-            programs[source.name] = honest(source)
-        return programs[source.name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface, "trace_decoder", trace)
-        yield
-
-
 @pytest.fixture(scope="module")
 def built(model, tmp_path_factory):
     """(engine directory, the document of `camshaft build --verify --json`)."""

@@ -23,10 +23,11 @@ from camshaft.export.manifest import EngineFile
 from camshaft.export.partition import partition
 from camshaft.export.segment import Plan, Segment
 from camshaft.export.targets.base import LoweringError, get_target
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
 from families import random_model, tiny_config
+from shared_traces import trace_decoder
 
 import camshaft
 from camshaft import LLM, SamplingParams

@@ -13,10 +13,11 @@ from camshaft.export.build import Timer
 from camshaft.export.manifest import BuildConfig, EngineFile
 from camshaft.export.segment import Plan
 from camshaft.export.targets.base import LoweringError
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
 from families import random_model, tiny_config
+from shared_traces import trace_decoder
 
 CONFIG = BuildConfig(
     target="auto", device="cuda", dtype="bfloat16", max_seq_len=64, max_batch_tokens=8, max_sequences=4, block_size=16,

@@ -12,7 +12,7 @@ from families import random_model, tiny_config
 
 import camshaft
 
-NUM_LAYERS = 5
+NUM_LAYERS = 4
 
 
 @pytest.fixture(scope="module")

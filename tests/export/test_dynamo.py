@@ -92,6 +92,7 @@ def test_module(target: str, dynamic: bool, runners: list[Any]) -> None:
     assert runners[0].target == target
 
 
+@pytest.mark.long
 @pytest.mark.skipif(InductorTarget().unavailable(torch.device("cpu")) is not None, reason="needs a C++ compiler")
 def test_a_target_that_traces_compiles_at_the_first_call() -> None:
     module = nn.Linear(4, 4)

@@ -25,7 +25,7 @@ from camshaft.export.segment import AttentionStep, Plan, Segment, SegmentStep
 from camshaft.export.targets.eager import EagerTarget
 from camshaft.graph.serialize import graph_hash, graph_to_json
 from camshaft.runtime.batch import Batch, GroupMetadata
-from families import FAMILIES, random_model, tiny_config
+from families import FAMILIES, every_family, random_model, tiny_config
 from torch import Tensor, fx
 
 import camshaft
@@ -279,9 +279,10 @@ def test_skipped_slots_and_some_rows() -> None:
     assert check(plan, weights, native, batch, filled_caches()).shape == (2, 48)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FAMILIES if name not in ("mixtral", "qwen3_moe", "gpt_oss", "gptj", "falcon")]
-)
+NOT_NATIVE = ("mixtral", "qwen3_moe", "gpt_oss", "gptj", "falcon")
+
+
+@pytest.mark.parametrize("name", every_family(name for name in FAMILIES if name not in NOT_NATIVE))
 def test_families_equal_eager(name: str) -> None:
     engine = camshaft.compile(random_model(tiny_config(name)), target="eager", max_seq_len=64, max_batch_tokens=32,
                               max_sequences=8, block_size=BLOCK, device="cpu", progress=False)  # fmt: skip

@@ -11,9 +11,10 @@ import torch
 from camshaft.export.partition import partition
 from camshaft.export.segment import Plan, Segment, SegmentStep
 from camshaft.export.targets.base import LoweringError, LowerRequest
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
+from shared_traces import trace_decoder
 from torch import Tensor, fx
 
 onnx = pytest.importorskip("onnx")

@@ -17,7 +17,7 @@ from families import random_model, tiny_config
 import camshaft
 
 SVG = "{http://www.w3.org/2000/svg}"
-NUM_LAYERS = 6
+NUM_LAYERS = 4
 
 
 @pytest.fixture(scope="module")

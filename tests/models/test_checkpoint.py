@@ -112,11 +112,11 @@ def test_no_such_directory(tmp_path: Path) -> None:
         camshaft.compile("nobody/nothing", **LIMITS)
 
 
-def test_quantized_checkpoint_says_so(checkpoint: Path) -> None:
+def test_plain_checkpoint_with_quantization_config(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantized"):
+    with pytest.raises(ValueError, match=r"is quantized \(awq\), and no layer of it is stored so"):
         camshaft.compile(checkpoint, **LIMITS)
 
 
@@ -174,9 +174,16 @@ def test_peak_memory_of_a_build(tmp_path: Path) -> None:
     """)
     make = textwrap.dedent("""
         import sys, torch, transformers
-        config = transformers.LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=14, num_attention_heads=16,
+        from safetensors.torch import save_file
+        config = transformers.LlamaConfig(hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=16,
             num_key_value_heads=8, vocab_size=8192, max_position_embeddings=512, tie_word_embeddings=True)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(sys.argv[1])
+        with torch.device("meta"):
+            shapes = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+        del shapes["lm_head.weight"]
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(sys.argv[1])
+        tensors = {name: torch.full(meta.shape, 0.01) for name, meta in shapes.items()}
+        save_file(tensors, sys.argv[1] + "/model.safetensors", metadata={"format": "pt"})
     """)
     subprocess.run([sys.executable, "-c", make, str(tmp_path / "model")], check=True, timeout=300)
     command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "engine")]

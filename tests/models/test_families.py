@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, MORE_FAMILIES, greedy_tokens, random_model, tiny_config
+from families import FAMILIES, MORE_FAMILIES, every_family, greedy_choices, greedy_tokens, random_model, tiny_config
 
 import camshaft
 from camshaft import SamplingParams
@@ -50,14 +50,15 @@ def test_greedy_tokens_equal_eager(name: str, tmp_path: Path) -> None:
         stats = llm.stats().scheduler
         again = llm.generate([prompts[0] + outputs[0].token_ids[:2]], params[0])
     for prompt, limit, output in zip(prompts, limits, outputs):
-        assert output.token_ids == greedy_tokens(model, prompt, limit)
+        assert len(output.token_ids) == limit
+        assert output.token_ids == greedy_choices(model, prompt, output.token_ids)
     assert again[0].token_ids[: limits[0] - 2] == outputs[0].token_ids[2:]
     assert stats.preemptions > 0
     assert stats.prefix_hit_tokens > 0
     assert all(group.used == 0 for group in llm.stats().scheduler.groups)
 
 
-@pytest.mark.parametrize("name", MORE_FAMILIES)
+@pytest.mark.parametrize("name", every_family(MORE_FAMILIES, ("deepseek_v3", "gpt_bigcode", "diffllama")))
 def test_more_families(name: str) -> None:
     model = random_model(tiny_config(name))
     engine = camshaft.compile(
@@ -72,8 +73,8 @@ def test_more_families(name: str) -> None:
 
 def test_layers_are_lowered_once() -> None:
     config = tiny_config("llama")
-    config.num_hidden_layers = 6
+    config.num_hidden_layers = 4
     limits = {"max_seq_len": 64, "max_batch_tokens": 16, "max_sequences": 2}
     engine = camshaft.compile(random_model(config), target="eager", device="cpu", **limits)
     assert len(engine.plan.segments) == 3
-    assert len(engine.plan.steps) == 13
+    assert len(engine.plan.steps) == 9

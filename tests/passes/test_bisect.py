@@ -9,10 +9,11 @@ from camshaft.export.bisect import bisect_target, check_engine
 from camshaft.export.targets.base import Built, LoweringError
 from camshaft.export.targets.eager import EagerTarget
 from camshaft.graph.weights import Weight, WeightMap
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.base import GraphPass, Stage
 from camshaft.passes.bisect import bisect_passes, relative_error, run_row
 from camshaft.passes.pipeline import decoder_passes
+from shared_traces import trace_decoder
 
 import camshaft
 

@@ -9,7 +9,7 @@ import torch
 from camshaft.graph.numerics import run_program
 from camshaft.graph.program import Program
 from camshaft.graph.verify import verify
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.base import GraphPass
 from camshaft.passes.expose_cache import MASKED_ATTENTION, READ_BLOCKS, UPDATE_CACHE, WRITE_BLOCKS, ExposeCache
 from camshaft.passes.manager import PassManager
@@ -18,6 +18,7 @@ from camshaft.passes.pipeline import canonicalize_passes, fuse_passes
 from camshaft.passes.select_rows import SelectRows
 from families import random_model, tiny_config
 from graph_cases import check, rows
+from shared_traces import trace_decoder
 from torch import Tensor, nn
 
 BLOCK_SIZE = 4

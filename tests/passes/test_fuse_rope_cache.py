@@ -18,7 +18,7 @@ from camshaft.export.partition import partition
 from camshaft.export.segment import AttentionStep, Plan, SegmentStep
 from camshaft.graph.program import Program
 from camshaft.graph.verify import verify, verify_packed
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.base import GraphPass
 from camshaft.passes.bisect import relative_error, run_row
 from camshaft.passes.fuse_rope_cache import PAGED_ROPE_ATTENTION, FuseRopeCache
@@ -29,6 +29,7 @@ from camshaft.passes.page_attention import PAGED_ATTENTION, PageAttention
 from camshaft.passes.pipeline import decoder_passes
 from families import random_model, tiny_config
 from graph_cases import captured
+from shared_traces import trace_decoder
 from torch import Tensor, nn
 
 import camshaft

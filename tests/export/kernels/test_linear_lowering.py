@@ -23,10 +23,11 @@ from camshaft.export.targets.inductor import InductorTarget, linear_layers
 from camshaft.export.timer import Timer
 from camshaft.export.trace import example_inputs, export_segment
 from camshaft.graph import ops
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
 from families import random_model, tiny_config
+from shared_traces import trace_decoder
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.long

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE_FAMILIES, random_model, tiny_config
+from families import FAMILIES, MORE_FAMILIES, REPRESENTATIVE, every_family, random_model, tiny_config
 from tensorrt_interpreter import run_network
 from torch import Tensor
 
@@ -19,14 +18,14 @@ from camshaft.export.tensorrt.header import EngineHeader
 from camshaft.export.tensorrt.library import find_library
 from camshaft.export.tensorrt.network import build_segment, emit_segment, supports
 from camshaft.models import demo
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
+from shared_traces import trace_decoder
 
 CPU = torch.device("cpu")
 EVERY = ["demo", *FAMILIES, *MORE_FAMILIES]
-MOST = ["demo", *FAMILIES, "phimoe", "deepseek_v3", "apertus", "deepseek_v2"]
-"""CAMSHAFT_TEST_FAMILIES=all runs the others too."""
+QUICK = ["demo", *REPRESENTATIVE, "deepseek_v2"]
 
 COMPLEX = {"deepseek_v2"}
 """Families that compute RoPE on complex numbers, which TensorRT does not have."""
@@ -35,7 +34,7 @@ BUILDS = [({"T": 1, "R": 1}, ()), ({"T": 8, "R": 4}, ()), ({"T": 8, "R": 4}, ("8
 seen: set[str] = set()
 
 
-@pytest.fixture(scope="module", params=EVERY if os.environ.get("CAMSHAFT_TEST_FAMILIES") == "all" else MOST)
+@pytest.fixture(scope="module", params=every_family(EVERY, QUICK))
 def family(request: Any) -> tuple[str, Plan]:
     """A family with its plan in fp32 (the demo model in bf16, as it is stored), as builds for CUDA cut it."""
     name = request.param

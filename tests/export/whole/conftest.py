@@ -24,21 +24,18 @@ def family() -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Tracing and the passes up to the caches take most of an export: once for each model, dtype and kind of logits."""
+def fused_once() -> Iterator[None]:
+    """The passes up to the caches take most of an export: once for each model, dtype and kind of logits."""
     from camshaft.export.whole import export
 
     trace, fuse = export.trace_decoder, export._fused
-    traced: dict[Any, Any] = {}
     programs: dict[Any, Any] = {}
 
     def fused(source: Any, config: Any) -> Any:
-        key = (source.name, config.dtype)
-        if key not in traced:
-            traced[key] = trace(source)
-        if (key, config.logits) not in programs:
-            programs[key, config.logits] = fuse(traced[key], config)
-        return programs[key, config.logits]
+        key = (source.name, config.dtype, config.logits)
+        if key not in programs:
+            programs[key] = fuse(trace(source), config)
+        return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "trace_decoder", lambda source: source)
