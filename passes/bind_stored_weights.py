@@ -14,12 +14,15 @@
 
 Relies on `Weight.stored`, which joined projections have where fuse_projections joined what is stored. The layer that makes the
 logits waits for select_rows, which looks for a plain one: the pass runs again behind it (head=True). Another use of such a weight,
-as an embedding, reads it dense. Numerics: quantized.
+as an embedding, reads it dense. A format for which the target has no kernel, where one is required, keeps its weights and leaves
+activations as they are, or else the layer reads its weight dense: the notes say which. Numerics: quantized.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,6 +34,7 @@ from ..graph.stored_weight import StoredPart, StoredWeight
 from ..graph.weights import Weight
 from .base import GraphPass, Stage
 from .match import aten, call, is_call, value
+from .quantization.support import KernelSupport
 from .quantize_fp8 import QUANTIZE_ROWS, SCALED_LINEAR, call_parts
 from .select_rows import head_of
 
@@ -43,24 +47,50 @@ _MULTIPLE = 16
 class BindStoredWeights(GraphPass):
     """Gives linear layers the tensors that their weight is stored as.
 
-    head: also the layer that makes the logits; then the pass belongs behind select_rows.
+    kernels: of the target; None: the operator's definition runs every format. head: also the layer that makes the logits; then the
+    pass belongs behind select_rows.
     """
 
+    kernels: KernelSupport | None = None
     head: bool = False
 
     name = "bind_stored_weights"
     stage = Stage.FUSE
     numerics = "quantized"
 
+    def options(self) -> dict[str, Any]:
+        return {"head": self.head, "kernels": None if self.kernels is None else self.kernels.where}
+
     def run(self, program: Program) -> int:
         waits = None if self.head else _logits_layer(program)
         work = _Work(program)
+        told: Counter[str] = Counter()
         for node in list(program.graph.nodes):
-            if is_call(node, aten.linear.default) and node is not waits:
-                weight = stored_weight(program, node.args[1])
-                if weight is not None:
-                    work.replace(node, weight)
+            weight = stored_weight(program, node.args[1]) if is_call(node, aten.linear.default) else None
+            if weight is None or weight.stored is None or node is waits:
+                continue
+            format, reason = self._format(weight.stored)
+            if reason is not None:
+                told[reason] += 1
+            if format is not None:
+                work.replace(node, weight, format)
+        notes = [f"stored weights: {count} layers {reason}" for reason, count in told.items()]
+        if notes:
+            program.info = {**program.info, "notes": (*program.info.get("notes", ()), *notes)}
         return work.count
+
+    def _format(self, stored: StoredWeight) -> tuple[LinearFormat | None, str | None]:
+        """The format in which a layer is computed, None: dense; and what has to be said about it, or None."""
+        if self.kernels is None or not self.kernels.required:
+            return stored.format, None
+        why = self.kernels.missing(stored.format, stored.shape)
+        if why is None:
+            return stored.format, None
+        lacks = f"in {stored.format}, for which {self.kernels.where} has no kernel ({why})"
+        alone = replace(stored.format, activations="none")
+        if alone != stored.format and self.kernels.missing(alone, stored.shape) is None:
+            return alone, f"{lacks}: activations stay as they are"
+        return None, f"{lacks}: they are dequantized, and activations stay as they are"
 
 
 def stored_weight(program: Program, node: object) -> Weight | None:
@@ -87,11 +117,13 @@ class _Work:
         self._rows: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._ordered: dict[tuple[fx.Node, str], fx.Node] = {}
 
-    def replace(self, node: fx.Node, weight: Weight) -> None:
-        """Puts the quantized form in the place of one linear layer."""
-        stored = weight.stored
-        assert stored is not None
-        parts = {name: self._input(node.args[1], weight, name) for name in stored.parts}
+    def replace(self, node: fx.Node, weight: Weight, format: LinearFormat) -> None:
+        """Puts the quantized form in the place of one linear layer. format: the stored one, or its weights alone."""
+        assert weight.stored is not None
+        stored = replace(weight.stored, format=format)
+        rounds = format.activations != "none"
+        names = [name for name in stored.parts if rounds or name != "input_scale"]
+        parts = {name: self._input(node.args[1], weight, name) for name in names}
         bias = node.args[2] if len(node.args) > 2 else None
         with self.program.graph.inserting_before(node):
             x = self._in_order(node.args[0], stored, parts)

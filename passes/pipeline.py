@@ -50,9 +50,12 @@ def quantize_passes(
     return [QuantizeLinear(recipe, quantizer, kernels), *fold, FuseNormQuantize(), FuseGluQuantize()]
 
 
-def stored_passes() -> list[GraphPass]:
-    """Linear layers that the checkpoint stores quantized, with what makes their inputs. Legal for any fused program."""
-    return [BindStoredWeights(), FuseNormQuantize(), FuseGluQuantize()]
+def stored_passes(kernels: KernelSupport | None = None) -> list[GraphPass]:
+    """Linear layers that the checkpoint stores quantized, with what makes their inputs. Legal for any fused program.
+
+    kernels: of the target; None: the operators' definitions run every format.
+    """
+    return [BindStoredWeights(kernels), FuseNormQuantize(), FuseGluQuantize()]
 
 
 def decoder_passes(
@@ -72,10 +75,10 @@ def decoder_passes(
     return [
         *canonicalize_passes(),
         *fuse_passes(),
-        *(stored_passes() if quantize is None else quantize_passes(quantize, quantizer, kernels)),
+        *(stored_passes(kernels) if quantize is None else quantize_passes(quantize, quantizer, kernels)),
         PageAttention(block_size=block_size, cache_dtype=cache_dtype),
         SelectRows(),
-        *([BindStoredWeights(head=True)] if quantize is None else []),
+        *([BindStoredWeights(kernels, head=True)] if quantize is None else []),
         Normalize(),
         *([FuseRopeCache()] if fuse_rope else []),
     ]

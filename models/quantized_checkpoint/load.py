@@ -61,6 +61,11 @@ def read_quantized(settings: Settings, tensors: Mapping[str, Weight], files: Map
                 f"{held.where(name)}: {name!r} belongs to a quantized layer, and {settings.method} with these settings has no such "
                 f"tensor; {settings.file} and the checkpoint do not belong together, or the scheme has an unknown extension"
             )
+    if not layers and not scales and not notes:
+        raise ValueError(
+            f"{settings.file} says that the checkpoint is quantized ({settings.method}), and no layer of it is stored so; take "
+            "quantization_config out if it is not, or download the checkpoint again"
+        )
     formats = Counter(str(weight.stored.format) for weight in layers.values() if weight.stored is not None)
     notes = [f"{settings.method}: {count} layers are stored as {format}" for format, count in formats.items()] + notes
     return QuantizedTensors({**kept, **layers}, tuple(notes))

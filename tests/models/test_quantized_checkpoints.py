@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import stored_checkpoints as stored
 import torch
+from camshaft.models import huggingface
 from camshaft.models.huggingface import open_model
+from camshaft.passes.manager import PassManager
+from camshaft.passes.pipeline import decoder_passes
+from camshaft.passes.quantization.support import KernelSupport
 from families import greedy_tokens
 from safetensors.torch import load_file, save_file
 from stored_checkpoints import Written, write_checkpoint
@@ -385,3 +389,29 @@ def test_the_program_reads_what_is_stored(path: Path) -> None:
     bits = 8 * sum(weight.num_bytes for name, weight in engine.weights.items() if "_proj" in name)
     count = sum(dense.numel() for dense in written.dense.values())
     assert bits / count == 4 + (32 + 8) / 32
+
+
+@pytest.mark.parametrize(
+    ("missing", "bound", "note"),
+    [
+        ("nvfp4", 4, "4 layers in nvfp4/nvfp4, for which a test has no kernel (none): activations stay as they are"),
+        (
+            "",
+            0,
+            "4 layers in nvfp4/nvfp4, for which a test has no kernel (none): they are dequantized, and activations",
+        ),
+    ],
+)
+def test_formats_without_kernels(missing: str, bound: int, note: str, path: Path) -> None:
+    """A target that must have kernels computes with the stored weights alone, or with dense ones."""
+    written = write_checkpoint(
+        path, stored.tiny(), stored.nvfp4("modelopt", static=2.0**-9), SCHEMES["modelopt_nvfp4"][1]
+    )
+    kernels = KernelSupport(
+        where="a test", required=True, missing=lambda format, shape: "none" if missing in format.activations else None
+    )
+    program = huggingface.trace_decoder(open_model(written.path, torch.float32))
+    program = PassManager(decoder_passes(block_size=16, kernels=kernels)).run(program)
+    assert sum(record.num_matches for record in program.history if record.name == "bind_stored_weights") == bound
+    assert any(note in line for line in program.info["notes"])
+    assert not any(spec.key.endswith(".input_scale") for spec in program.inputs)
