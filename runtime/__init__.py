@@ -17,6 +17,8 @@ _HOMES = {
     "Logprob": "outputs",
     "RequestMetrics": "outputs",
     "FinishReason": "request",
+    "SpeculativeConfig": "speculative.config",
+    "SpeculativeMetrics": "speculative.metrics",
     "Tokenizer": "tokenizer",
     "MemoryLedger": "memory",
     "Batch": "batch",

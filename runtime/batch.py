@@ -146,9 +146,12 @@ class BatchBuilder:
         max_seq_len: int,
         max_sequences: int,
         device: torch.device,
+        tables: Sequence[int] | None = None,
     ) -> None:
+        """tables: which of a request's block tables each group uses; None: its own."""
         self.block_size = block_size
         self.device = device
+        self._sources = range(num_groups) if tables is None else list(tables)
         width = -(-max_seq_len // block_size)
         self._tables = [np.zeros((max_sequences, width), dtype=np.int32) for _ in range(num_groups)]
         self._known = np.zeros((num_groups, max_sequences), dtype=np.int64)
@@ -160,6 +163,11 @@ class BatchBuilder:
         self._decode_rows: Ints = np.zeros(0, dtype=np.int64)
         self._transfer = PackedTransfer(device)
         self._repeat: _Repeat | None = None
+
+    @property
+    def num_free_rows(self) -> int:
+        """Requests that there is room for besides those known."""
+        return len(self._free_rows)
 
     def release(self, request_id: str) -> None:
         """Forgets the request's block table: it ended, or its blocks were taken away."""
@@ -279,7 +287,7 @@ class BatchBuilder:
 
     def _learn(self, group: int, request: Request, row: int) -> None:
         """Writes the blocks that are new; those that a window has left stay in the table, where nobody reads them."""
-        blocks, first = request.block_ids[group], int(self._known[group, row])
+        blocks, first = request.block_ids[self._sources[group]], int(self._known[group, row])
         assert len(blocks) >= first, f"request {request.request_id!r} lost blocks without being preempted"
         if len(blocks) > first:
             self._tables[group][row, first : len(blocks)] = np.maximum(blocks[first:], 0)

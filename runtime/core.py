@@ -3,6 +3,7 @@
     Generation (what a user asked for, n samples) -- n Samples, each with a scheduler Request
         in turns:       schedule n, launch n, wait for n, update, text -> what is new goes to each Generation's sink
         asynchronous:   schedule n + 1, launch n + 1 while n computes; wait for n, update, text
+        with drafts:    wait for n, update; propose, schedule n + 1, launch n + 1; text of n
 
 One thread drives it. `LLM` puts a thread, handles and prompts around it.
 """
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from .batch import Engine
 from .detokenizer import Detokenizer, StreamFactory
@@ -23,6 +25,10 @@ from .request import FinishReason, Request
 from .runner import LaunchedStep, Runner, StepResult
 from .sampler import TokenLogprobs
 from .scheduler import Scheduler
+from .speculative.config import SpeculativeConfig
+from .speculative.metrics import SpeculativeMetrics
+from .speculative.speculation import Speculation
+from .speculative.verification import StepDrafts
 from .tokenizer import Tokenizer
 
 _NO_TOKEN = ", or every token is masked (allowed_token_ids, bad words, min_tokens). If no masks were asked for"
@@ -41,6 +47,8 @@ class StepTimes:
     late: int = 0
     """Steps ahead that were sampled when the tokens before were delivered: penalties and bad words follow them, and top_p
     without top_k waits for the device."""
+    propose_s: float = 0.0
+    """Drafts; on a GPU the time to put the draft model's steps into its queue."""
     schedule_s: float = 0.0
     launch_s: float = 0.0
     """Batch, engine, sampler."""
@@ -52,7 +60,17 @@ class StepTimes:
     @property
     def host_s(self) -> float:
         """All but the waiting."""
-        return self.schedule_s + self.launch_s + self.deliver_s
+        return self.propose_s + self.schedule_s + self.launch_s + self.deliver_s
+
+
+class _Received(NamedTuple):
+    """A step's result that the scheduler has taken in and nobody else knows of yet."""
+
+    plan: StepPlan
+    result: StepResult
+    updates: list[RequestUpdate]
+    now: float
+    """When it came, in seconds of `time.monotonic()`."""
 
 
 class ServingCore:
@@ -63,17 +81,25 @@ class ServingCore:
         scheduler: over the engine's blocks.
         tokenizer: None serves token ids only.
         asynchronous: plan and launch each step while the one before it computes.
+        speculative: how drafts are accepted; `speculation` is then to be set, before the first request.
     """
 
     def __init__(
-        self, engine: Engine, scheduler: Scheduler, tokenizer: Tokenizer | None, *, asynchronous: bool = False
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        *,
+        asynchronous: bool = False,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
         self.engine = engine
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.asynchronous = asynchronous
         self.times = StepTimes()
-        self.runner = Runner(engine)
+        self.runner = Runner(engine, speculative)
+        self.speculation: Speculation | None = None
         self._in_flight: LaunchedStep | None = None
         self.eos_token_ids = frozenset(engine.eos_token_ids)
         self._streams = {} if tokenizer is None else {
@@ -105,6 +131,8 @@ class ServingCore:
             if request.request_id in self._samples:
                 raise ValueError(f"request id {request.request_id!r} is in use; choose another")
         params = generation.params
+        speculates = self.speculation is not None and params.speculative is not False
+        generation.metrics.speculative = SpeculativeMetrics() if speculates else None
         for index, (request, seed) in enumerate(zip(generation.requests, generation.seeds)):
             detokenizer = None
             if self._streams and params.detokenize:
@@ -121,7 +149,9 @@ class ServingCore:
             sample = Sample(index, request, detokenizer, params.logprobs is not None)
             self.scheduler.add_request(request)  # raises for the first, or for none: they have the same lengths
             generation.samples.append(sample)
-            self.runner.add(request, seed)
+            state = self.runner.add(request, seed)
+            if self.speculation is not None and generation.metrics.speculative is not None:
+                self.speculation.add(request, state, generation.metrics.speculative)
             self._samples[request.request_id] = (generation, sample)
         self._generations[generation.request_id] = generation
 
@@ -140,22 +170,38 @@ class ServingCore:
         """Launches one step and delivers the results of one; returns the number of tokens launched.
 
         In turns that is the same step; asynchronously it is the step before, whose results are waited for when the new
-        one is in the device's queue. If the engine raises, every generation of the step's plan fails with that error,
-        its blocks are freed, and the core can go on with others.
+        one is in the device's queue. Where drafts are wanted, they are waited for first: they decide where the next step
+        begins, and only their delivery goes on beside it. If the engine raises, every generation of the step's plan fails
+        with that error, its blocks are freed, and the core can go on with others.
         """
-        start = time.perf_counter()
         before, self._in_flight = self._in_flight, None
+        received: _Received | None = None
+        drafts: StepDrafts | None = None
+        if self.speculation is not None:
+            self.speculation.begin_step(follows=before is not None)
+            if self.speculation.wants_drafts():
+                if before is not None:
+                    received, before = self._receive(before), None
+                try:
+                    drafts = self._propose()
+                except Exception as error:  # the draft model's boundary: those who wait for a result get the error
+                    self._deliver(received)
+                    self._fail_running(error)
+                    return 0
+        start = time.perf_counter()
         plan = self.scheduler.schedule()
         now = time.perf_counter()
         self.times.schedule_s += now - start
-        launched = None if plan is None else self._launch(plan)
+        launched = None if plan is None else self._launch(plan, drafts)
         self.times.launch_s += time.perf_counter() - now
+        ahead = before is not None
         if before is not None:
-            self._collect(before)
+            received = self._receive(before)
+        self._deliver(received)
         if plan is None:
             return 0
         self.times.steps += 1
-        self.times.ahead += before is not None
+        self.times.ahead += ahead
         if isinstance(launched, LaunchedStep) and not self.runner.is_sampled(launched):
             self.times.late += 1
             launched = self._sample_late(launched)
@@ -164,12 +210,19 @@ class ServingCore:
         elif self.asynchronous:
             self._in_flight = launched
         elif launched is not None:
-            self._collect(launched)
+            self._deliver(self._receive(launched))
         return plan.num_tokens
 
-    def _launch(self, plan: StepPlan) -> LaunchedStep | Exception:
+    def _propose(self) -> StepDrafts | None:
+        assert self.speculation is not None
+        start = time.perf_counter()
+        drafts = self.speculation.propose()
+        self.times.propose_s += time.perf_counter() - start
+        return drafts
+
+    def _launch(self, plan: StepPlan, drafts: StepDrafts | None) -> LaunchedStep | Exception:
         try:
-            return self.runner.launch(plan)
+            return self.runner.launch(plan, drafts)
         except Exception as error:  # the engine's boundary: whoever waits for a result gets the error
             return error
 
@@ -180,14 +233,14 @@ class ServingCore:
             return error
         return step
 
-    def _collect(self, step: LaunchedStep) -> None:
-        """Waits for a step's tokens and delivers what they bring."""
+    def _receive(self, step: LaunchedStep) -> _Received | None:
+        """Waits for a step's tokens and takes them into the scheduler; None if the step failed."""
         plan = step.plan
         try:
             result = self.runner.collect(step)
         except Exception as error:  # the device's boundary, as above
             self._fail_step(plan, error)
-            return
+            return None
         start = time.perf_counter()
         self.times.wait_s += result.wait_s
         now = time.monotonic()
@@ -196,13 +249,28 @@ class ServingCore:
             self._fail_row(request, f"no token can be chosen at position {request.num_tokens}", _NO_TOKEN)
         for index, position in result.failed_prompts.items():
             self._fail_row(plan.request(index), f"no log-probabilities after position {position} of the prompt", "")
+        updates = self.scheduler.update(plan, result.tokens)
+        if self.speculation is not None:
+            self.speculation.end_step(plan)
+            self.speculation.observe(result.outcomes, plan, updates)
+        self.times.deliver_s += time.perf_counter() - start
+        return _Received(plan, result, updates, now)
+
+    def _deliver(self, received: _Received | None) -> None:
+        """Brings what a step gave to those who wait for it."""
+        if received is None:
+            return
+        plan, result, updates, now = received
+        start = time.perf_counter()
         for index, logprobs in result.prompt_logprobs.items():
             self._keep_prompt_logprobs(plan, index, logprobs)
-        updates = self.scheduler.update(plan, result.tokens)
         if result.logprobs:
             self._keep_logprobs(plan, result, updates)
         for update in updates:
-            generation, sample = self._samples[update.request.request_id]
+            entry = self._owner(update.request)
+            if entry is None:  # lost since: the step behind it failed
+                continue
+            generation, sample = entry
             if generation.metrics.first_token_s is None:
                 generation.metrics.first_token_s = now
             self._take(generation, sample, update)
@@ -219,7 +287,7 @@ class ServingCore:
             self._fail(generation, error)
         if self._in_flight is not None:
             step, self._in_flight = self._in_flight, None
-            self._collect(step)
+            self._deliver(self._receive(step))
 
     # --- results ------------------------------------------------------------------------------------------------
 
@@ -285,7 +353,9 @@ class ServingCore:
 
     def _forget(self, request_id: str) -> None:
         self.runner.release(request_id)
-        self._samples.pop(request_id, None)
+        entry = self._samples.pop(request_id, None)
+        if entry is not None and self.speculation is not None:
+            self.speculation.release(entry[1].request)
 
     # --- failures -----------------------------------------------------------------------------------------------
 
@@ -310,6 +380,17 @@ class ServingCore:
         # All requests of the plan have ended, so it takes no tokens; the scheduler only wants it answered.
         self.scheduler.update(plan, [[] for _ in plan.scheduled])
 
+    def _fail_running(self, error: Exception) -> None:
+        """Every generation with a running request fails: no drafts could be made."""
+        for request in self.scheduler.running:
+            entry = self._owner(request)
+            if entry is not None:
+                failure = RuntimeError(
+                    f"request {entry[0].request_id!r} was lost: drafting raised {type(error).__name__}: {error}"
+                )
+                failure.__cause__ = error
+                self._fail(entry[0], failure)
+
     def _fail(self, generation: Generation, error: Exception) -> None:
         for sample in generation.samples:
             if not sample.finished:
@@ -324,10 +405,11 @@ class ServingCore:
     def _keep_logprobs(self, plan: StepPlan, result: StepResult, updates: Iterable[RequestUpdate]) -> None:
         rows = {id(plan.request(index)): found for index, found in result.logprobs.items()}
         for update in updates:
-            _, sample = self._samples[update.request.request_id]
-            found = rows.get(id(update.request))
-            if found is None or sample.logprobs is None:
+            entry, found = self._owner(update.request), rows.get(id(update.request))
+            if entry is None or found is None or entry[1].logprobs is None:
                 continue
+            sample = entry[1]
+            assert sample.logprobs is not None
             values, numbers = found
             assert sample.cumulative_logprob is not None
             for n, token in zip(numbers, update.new_token_ids):  # behind the token that ends it there may be more rows

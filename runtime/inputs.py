@@ -53,8 +53,11 @@ def split_prompts(prompts: Any) -> tuple[list[Any], bool]:
 class InputChecker:
     """Checks inputs against one model. All errors are ValueErrors that name the value, what is allowed, and the fix."""
 
-    def __init__(self, tokenizer: Tokenizer | None, *, vocab_size: int, max_seq_len: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer | None, *, vocab_size: int, max_seq_len: int, speculates: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._speculates = speculates
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
 
@@ -138,6 +141,11 @@ class InputChecker:
 
     def _complete(self, params: SamplingParams) -> SamplingParams:
         """Checks the parameters that concern this model, and turns bad words into tokens."""
+        if params.speculative and not self._speculates:
+            raise ValueError(
+                "speculative is True and this LLM does not speculate; make it with speculative=SpeculativeConfig(...), or "
+                "leave it out"
+            )
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             ids = getattr(params, name)
             if ids:

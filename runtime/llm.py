@@ -37,6 +37,11 @@ from .policies import PolicyName
 from .sampler import derive_seed
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
+from .speculative.build import check_config, make_proposer, open_draft_engine
+from .speculative.config import SpeculativeConfig
+from .speculative.draft_model import full_group
+from .speculative.metrics import SpeculativeMetrics
+from .speculative.speculation import Speculation
 from .tokenizer import Tokenizer
 from .trace import TracedScheduler
 
@@ -70,6 +75,8 @@ class LLMStats:
     """Tokens that went through the model, prompts included."""
     times: StepTimes
     """Steps, how many were launched ahead, and where the serving thread's time went."""
+    speculative: SpeculativeMetrics | None = None
+    """Drafts and their acceptance; None for an LLM that does not speculate."""
 
 
 class LLM:
@@ -91,6 +98,7 @@ class LLM:
         async_scheduling: plan and launch each step while the one before it computes, so that the GPU never waits for the
             host; None: on a GPU. On the CPU nothing overlaps. The tokens are the same.
         seed: of the requests that bring none; equal calls in equal order then draw equal tokens.
+        speculative: draft tokens and verify several in a step, see docs/speculative.md; None: one token a step.
         trace: file to which every scheduling decision is written, for replay (it holds prompts and outputs in full).
         compile_kwargs: for `camshaft.compile`.
 
@@ -111,18 +119,32 @@ class LLM:
         cuda_graphs: bool = True,
         async_scheduling: bool | None = None,
         seed: int = 0,
+        speculative: SpeculativeConfig | None = None,
         trace: str | Path | None = None,
         **compile_kwargs: Any,
     ) -> None:
         self.engine = engine = _engine_of(model, compile_kwargs)
-        with contextlib.ExitStack() as undo:  # if this fails, others can use the engine
-            self._claim = EngineClaim(engine)
-            undo.callback(self._claim.release)
+        self.draft_engine: Engine | None = None
+        """Of speculation by a draft model."""
+        if speculative is not None:
+            if not isinstance(speculative, SpeculativeConfig):
+                raise ValueError(f"speculative is a {type(speculative).__name__}; allowed: SpeculativeConfig or None")
+            check_config(speculative, engine)
+            self.draft_engine = open_draft_engine(speculative, engine)
+        engines = [engine] if self.draft_engine is None else [engine, self.draft_engine]
+        with contextlib.ExitStack() as undo:  # if this fails, others can use the engines
+            self._claims = []
+            for one in engines:
+                self._claims.append(EngineClaim(one))
+                undo.callback(self._claims[-1].release)
             chunk = min(max_chunk_tokens or engine.max_batch_tokens, engine.max_batch_tokens)
-            engine.prepare()
+            for one in engines:
+                one.prepare()
+            shared = 0 if self.draft_engine is None else full_group(engine)
             plan = plan_cache(
                 engine, max_chunk_tokens=chunk, kv_cache_bytes=kv_cache_bytes, memory_fraction=memory_fraction,
-                graph_bytes=engine.graph_bytes() if cuda_graphs else 0,
+                graph_bytes=sum(one.graph_bytes() for one in engines) if cuda_graphs else 0, draft=self.draft_engine,
+                draft_group=shared,
             )  # fmt: skip
             self.memory = plan.ledger
             """Where the device's memory goes."""
@@ -140,13 +162,18 @@ class LLM:
                 max_chunk_tokens=max_chunk_tokens,
                 enable_prefix_cache=enable_prefix_cache,
             )
-            undo.callback(engine.release_cache)
+            for one in engines:
+                undo.callback(one.release_cache)
             engine.bind_cache(plan.num_blocks)
+            if self.draft_engine is not None:
+                self.draft_engine.bind_cache([plan.num_blocks[shared]] * len(self.draft_engine.cache_groups))
             if cuda_graphs:
-                engine.capture()
+                for one in engines:
+                    one.capture()
             self.tokenizer = _tokenizer_of(engine)
             """None where the engine came without one: then prompts are token ids and outputs have no text."""
-            self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len)
+            self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len,
+                                         speculates=speculative is not None)  # fmt: skip
             stream = None if trace is None else open(trace, "w", encoding="utf-8")  # noqa: SIM115 - closed by shutdown
             if stream is not None:
                 undo.callback(stream.close)
@@ -154,11 +181,17 @@ class LLM:
             self._core = ServingCore(
                 engine, scheduler, self.tokenizer,
                 asynchronous=engine.device.type == "cuda" if async_scheduling is None else async_scheduling,
+                speculative=speculative,
             )  # fmt: skip
+            if speculative is not None:
+                proposer = make_proposer(speculative, engine, self.draft_engine)
+                self._core.speculation = Speculation(
+                    speculative, proposer, scheduler, self._core.runner, drafts_on_host=stream is not None
+                )
             self._serving = ServingThread(self._core)
             self._seed = seed
             self._numbers = itertools.count()
-            self._close = weakref.finalize(self, _close, self._serving, stream, self._claim)
+            self._close = weakref.finalize(self, _close, self._serving, stream, tuple(self._claims))
             undo.pop_all()
         logger.info("%s", self.memory)
 
@@ -256,13 +289,15 @@ class LLM:
             num_unfinished=self._core.num_generations,
             num_computed_tokens=self._serving.num_tokens,
             times=dataclasses.replace(self._core.times),
+            speculative=None if self._core.speculation is None else self._core.speculation.totals.copy(),
         )
 
     def shutdown(self) -> None:
         """Ends the serving thread and frees the KV cache; requests under way fail. The LLM cannot be used afterwards."""
         self._serving.close()
-        if self._claim.held:  # otherwise this was shut down before, and the cache may be another LLM's
-            self.engine.release_cache()
+        for engine, claim in zip((self.engine, self.draft_engine), self._claims):
+            if engine is not None and claim.held:  # otherwise this was shut down before: the cache may be another LLM's
+                engine.release_cache()
         self._close()
 
     def __enter__(self) -> LLM:
@@ -347,9 +382,10 @@ def _tokenizer_of(engine: Engine) -> Tokenizer | None:
     return Tokenizer.from_dir(path)
 
 
-def _close(serving: ServingThread, trace: IO[str] | None, claim: EngineClaim) -> None:
+def _close(serving: ServingThread, trace: IO[str] | None, claims: Sequence[EngineClaim]) -> None:
     serving.close()
-    claim.release()
+    for claim in claims:
+        claim.release()
     if trace is not None:
         trace.close()
 

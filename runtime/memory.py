@@ -48,6 +48,7 @@ class MemoryLedger:
     device: str
     weights_bytes: int
     kv_bytes: int
+    """With that of a draft model, whose blocks are beside the target's."""
     activation_bytes: int
     """Estimate for a full step."""
     graph_bytes: int
@@ -59,11 +60,15 @@ class MemoryLedger:
     total_bytes: int
     kv_tokens: int
     """Tokens of full-length requests that the KV cache holds at once."""
+    draft_bytes: int = 0
+    """Weights of a draft model."""
 
     def rows(self) -> list[tuple[str, int]]:
         """(what, bytes), the total last."""
+        draft = [("draft model", self.draft_bytes)] if self.draft_bytes else []
         return [
             ("weights", self.weights_bytes),
+            *draft,
             ("KV cache", self.kv_bytes),
             ("activations", self.activation_bytes),
             ("graphs", self.graph_bytes),
@@ -139,6 +144,8 @@ def plan_cache(
     kv_cache_bytes: int | None = None,
     memory_fraction: float | None = None,
     graph_bytes: int = 0,
+    draft: Engine | None = None,
+    draft_group: int = 0,
 ) -> CachePlan:
     """Decides how many blocks each cache group gets.
 
@@ -150,6 +157,7 @@ def plan_cache(
         kv_cache_bytes: size of the cache; None: decided as the module says.
         memory_fraction: share of the device's memory that may be used, in (0, 1]; not together with kv_cache_bytes.
         graph_bytes: to keep free for captured graphs.
+        draft: a draft model; every block of the target's cache group `draft_group` comes with one of it.
 
     Raises:
         ValueError: a number is out of range, or a group would not get a single block.
@@ -161,9 +169,13 @@ def plan_cache(
     if memory_fraction is not None and not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_fraction is {memory_fraction}; allowed: in (0, 1]")
     free, total = device_memory(engine.device)
-    activations = engine.activation_bytes()
+    activations = engine.activation_bytes() + (0 if draft is None else draft.activation_bytes())
+    weights = engine.weights_bytes + (0 if draft is None else draft.weights_bytes)
+    block_bytes = [spec.bytes_per_block for spec in engine.cache_groups]
+    if draft is not None:
+        block_bytes[draft_group] += sum(spec.bytes_per_block for spec in draft.cache_groups)
     per_request = _blocks_per_request(engine, max_chunk_tokens)
-    request_bytes = sum(n * spec.bytes_per_block for n, spec in zip(per_request, engine.cache_groups))
+    request_bytes = sum(n * size for n, size in zip(per_request, block_bytes))
     if kv_cache_bytes is not None:
         budget, source = kv_cache_bytes, f"kv_cache_bytes={kv_cache_bytes}"
     elif engine.device.type == "cuda":
@@ -171,7 +183,7 @@ def plan_cache(
         budget = int(free - (1 - fraction) * total) - activations - graph_bytes
         source = (
             f"memory_fraction={fraction} of {format_bytes(total)}, of which {format_bytes(total - free)} is in use "
-            f"(weights {format_bytes(engine.weights_bytes)}) and a step needs {format_bytes(activations)}"
+            f"(weights {format_bytes(weights)}) and a step needs {format_bytes(activations)}"
         )
     else:
         share = CPU_FREE_SHARE if memory_fraction is None else memory_fraction
@@ -180,25 +192,25 @@ def plan_cache(
     num_requests = budget / request_bytes if request_bytes else 1.0
     num_blocks = tuple(int(num_requests * n + 1e-9) for n in per_request)
     if min(num_blocks, default=1) < 1:
-        smallest = sum(spec.bytes_per_block for spec in engine.cache_groups)
+        smallest = sum(block_bytes)
         raise ValueError(
             f"the KV cache would get {format_bytes(max(budget, 0))} ({source}), which is not one block of "
             f"{engine.block_size} tokens in every cache group ({format_bytes(smallest)}); a request of "
             f"{engine.max_seq_len} tokens needs {format_bytes(request_bytes)}. Raise kv_cache_bytes or "
             "memory_fraction, free memory on the device, or compile with a smaller max_seq_len or max_batch_tokens"
         )
-    kv_bytes = sum(n * spec.bytes_per_block for n, spec in zip(num_blocks, engine.cache_groups))
+    kv_bytes = sum(n * size for n, size in zip(num_blocks, block_bytes))
     if kv_bytes > free:
         raise ValueError(
             f"a KV cache of {format_bytes(kv_bytes)} ({source}) does not fit the {format_bytes(free)} that are free on "
             f"{engine.device}; lower kv_cache_bytes to at most {max(0, free - activations)}"
         )
-    other = max(0, total - free - engine.weights_bytes)
+    other = max(0, total - free - weights)
     left = max(0, free - kv_bytes - activations - graph_bytes)
     ledger = MemoryLedger(
         device=str(engine.device), weights_bytes=engine.weights_bytes, kv_bytes=kv_bytes, activation_bytes=activations,
         graph_bytes=graph_bytes, other_bytes=other, free_bytes=left, total_bytes=total,
-        kv_tokens=int(num_requests * engine.max_seq_len),
+        kv_tokens=int(num_requests * engine.max_seq_len), draft_bytes=0 if draft is None else draft.weights_bytes,
     )  # fmt: skip
     if num_requests < 1:
         logger.warning("the KV cache holds %d tokens, less than one request of max_seq_len=%d", ledger.kv_tokens,

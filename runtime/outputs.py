@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field
 
+from .speculative.metrics import SpeculativeMetrics
+
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
@@ -32,6 +34,8 @@ class RequestMetrics:
     """Prompt tokens that the prefix cache had (of the first sample)."""
     num_preemptions: int = 0
     """Times the request lost its blocks and was recomputed (over all samples)."""
+    speculative: SpeculativeMetrics | None = None
+    """Drafts and their acceptance (over all samples); None for a request that does not speculate."""
 
     @property
     def time_to_first_token_s(self) -> float | None:

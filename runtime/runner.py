@@ -256,7 +256,8 @@ class Runner:
         sampling = [row for row in plan.others if row.samples]
         step.states, step.num_outputs = self._decode_states, plan.starts + 1 - self._num_prompt
         if sampling:
-            states, more = list(step.states), []
+            states = list(step.states)
+            more: list[int] = []
             for row in sampling:
                 rows = 1 + row.num_draft_tokens
                 end = row.start + row.num_tokens - row.request.num_prompt_tokens

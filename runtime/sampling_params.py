@@ -65,6 +65,8 @@ class SamplingParams:
     """Whether text is made of the tokens."""
     skip_special_tokens: bool = True
     """Whether special tokens are left out of the text."""
+    speculative: bool | None = None
+    """Whether tokens are drafted and verified several at a time; None: if the LLM does so."""
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -100,6 +102,8 @@ class SamplingParams:
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True or False")
+        if self.speculative is not None and not isinstance(self.speculative, bool):
+            raise ValueError(f"speculative is {self.speculative!r}; allowed: True, False, or None")
 
     def _check_lengths(self) -> None:
         if self.max_tokens is not None:

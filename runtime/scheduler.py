@@ -117,6 +117,16 @@ class Scheduler(Queues):
         self._flights.append(Flight(plan, self._num_retired))
         return plan
 
+    def reserve_drafts(self, request: Request, num_drafts: int) -> int:
+        """Takes blocks for drafts of a request whose last token alone is not computed; how many of them have room.
+
+        Fewer than asked for where the request may not become so long, or blocks lack: nobody loses blocks for drafts.
+        """
+        num_drafts = min(num_drafts, request.max_total_tokens - request.num_tokens - 1)
+        if num_drafts > 0 and not self.kv.allocate(request, request.num_tokens + num_drafts):
+            num_drafts = request.kv_capacity - request.num_tokens
+        return max(0, num_drafts)
+
     def _check_ahead(self, flight: Flight) -> None:
         step_id = flight.plan.step_id
         if len(self._flights) == 2:

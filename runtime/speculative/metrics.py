@@ -7,48 +7,40 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class SpeculativeMetrics:
-    """Drafts and acceptance of a request, or of all requests of an LLM."""
+    """Drafts and acceptance of a request (over all its samples), or of all requests of an LLM."""
 
-    num_steps: int = 0
-    """Steps that sampled tokens of a request; each request in a batch counts."""
-    num_verifications: int = 0
-    """How many of them verified drafts."""
     num_tokens: int = 0
-    """Tokens that came out of these steps."""
+    """Output tokens of requests that have ended."""
+    num_verifications: int = 0
+    """Times that a step verified drafts of a request."""
+    num_verified_tokens: int = 0
+    """Output tokens that came of these."""
     drafted: list[int] = field(default_factory=list)
     """Drafts verified at each position, the first being the one after the last known token."""
     accepted: list[int] = field(default_factory=list)
     """How many of them were accepted."""
 
     def count(self, num_drafts: int, num_accepted: int, num_tokens: int) -> None:
-        """Counts one request in one step: `num_tokens` came out, `num_accepted` of `num_drafts` drafts among them."""
-        self.num_steps += 1
-        self.num_tokens += num_tokens
-        if not num_drafts:
-            return
+        """Counts one verification of a request: `num_tokens` came out, `num_accepted` of `num_drafts` drafts among them."""
         self.num_verifications += 1
+        self.num_verified_tokens += num_tokens
         missing = num_drafts - len(self.drafted)
         if missing > 0:
             self.drafted.extend([0] * missing)
             self.accepted.extend([0] * missing)
         for position in range(num_drafts):
             self.drafted[position] += 1
-        for position in range(num_accepted):
-            self.accepted[position] += 1
+            self.accepted[position] += position < num_accepted
 
-    def add(self, other: SpeculativeMetrics) -> None:
-        """Adds the counts of others."""
-        self.num_steps += other.num_steps
-        self.num_verifications += other.num_verifications
-        self.num_tokens += other.num_tokens
-        for mine, theirs in ((self.drafted, other.drafted), (self.accepted, other.accepted)):
-            mine.extend([0] * (len(theirs) - len(mine)))
-            for position, number in enumerate(theirs):
-                mine[position] += number
+    def copy(self) -> SpeculativeMetrics:
+        """The counts as of now."""
+        return SpeculativeMetrics(
+            self.num_tokens, self.num_verifications, self.num_verified_tokens, list(self.drafted), list(self.accepted)
+        )
 
     @property
     def acceptance_per_position(self) -> list[float]:
-        """Share of the drafts verified at each position that were accepted."""
+        """Share of the drafts verified at each position that were accepted; for a tree, positions are depths."""
         return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted)]
 
     @property
@@ -63,5 +55,6 @@ class SpeculativeMetrics:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Tokens per step of a request, those without drafts counted; None before the first."""
-        return self.num_tokens / self.num_steps if self.num_steps else None
+        """Output tokens per step of a request, steps without drafts counted; None before a request has ended."""
+        num_steps = self.num_tokens - self.num_verified_tokens + self.num_verifications
+        return self.num_tokens / num_steps if self.num_tokens and num_steps else None

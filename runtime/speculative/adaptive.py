@@ -1,0 +1,167 @@
+"""How many drafts each request gets in a step: those that make the step yield the most tokens per second. Imports no torch.
+
+Draft i of request r becomes output with probability a_r^(i+1), a_r being the request's measured acceptance. Sorted by that, the
+best n drafts of a step are the first n, so for every depth and every n
+
+    tokens per second = (requests + sum of the first n probabilities) / time of a step of (requests + n) tokens, measured
+
+and the best wins (cf. Liu et al. 2024, "goodput"). Where no draft pays there are none. Then acceptance is not measured any more,
+so from time to time it is probed, unless drafts would not pay even if all were accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cost import StepCosts, token_bucket
+
+DECAY = 0.95
+"""How much of a request's counts is kept from one verification to the next: some twenty are remembered."""
+PRIOR_WEIGHT = 2.0
+"""Drafts that the acceptance of all requests counts as in a request's own."""
+FIRST_GUESS = 0.7
+"""Acceptance before anything is known."""
+REST = 16
+"""Steps that nobody is drafted for once drafts do not pay, until the question is asked again."""
+PROBE_EVERY = 8
+"""Rests after which some drafts are tried again."""
+MIN_GAIN = 1.02
+"""Drafts have to promise that much more tokens per second than none: estimates are noisy."""
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """Decayed counts of drafts whose predecessors were accepted, and of those accepted themselves."""
+
+    tried: float = 0.0
+    accepted: float = 0.0
+
+    def count(self, num_drafts: int, num_accepted: int) -> None:
+        """One verification."""
+        self.tried = self.tried * DECAY + min(num_accepted + 1, num_drafts)
+        self.accepted = self.accepted * DECAY + num_accepted
+
+    def rate(self, prior: float) -> float:
+        """Estimated probability that a draft is accepted, given those before it."""
+        return (self.accepted + PRIOR_WEIGHT * prior) / (self.tried + PRIOR_WEIGHT)
+
+
+class AdaptiveLengths:
+    """Chooses draft lengths; not thread-safe.
+
+    Args:
+        num_draft_tokens: the most for one request.
+        adaptive: False gives everybody the most.
+    """
+
+    def __init__(self, num_draft_tokens: int, *, adaptive: bool = True) -> None:
+        self.num_draft_tokens = num_draft_tokens
+        self.adaptive = adaptive
+        self.costs = StepCosts()
+        self._all = Acceptance()
+        self._requests: dict[str, Acceptance] = {}
+        self._num_rests = 0
+        self._resting = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Estimated acceptance over all requests."""
+        return self._all.rate(FIRST_GUESS)
+
+    def acceptance_of(self, request_id: str) -> float:
+        """Estimated acceptance of a request."""
+        found = self._requests.get(request_id)
+        return self.acceptance if found is None else found.rate(self.acceptance)
+
+    def release(self, request_id: str) -> None:
+        """Forgets a request."""
+        self._requests.pop(request_id, None)
+
+    def count(self, request_id: str, num_drafts: int, num_accepted: int) -> None:
+        """Takes in what became of a request's drafts."""
+        if num_drafts:
+            self._all.count(num_drafts, num_accepted)
+            self._requests.setdefault(request_id, Acceptance()).count(num_drafts, num_accepted)
+
+    def choose(self, request_ids: Sequence[str], limits: Sequence[int], num_others: int, budget: int) -> list[int]:
+        """Drafts for each request, at most its limit, and at most `budget` in all.
+
+        num_others: further tokens of the step, of requests that are not drafted for.
+        """
+        limits = [min(limit, self.num_draft_tokens) for limit in limits]
+        if not self.adaptive:
+            return _shared_out(limits, budget)
+        base_s = self.costs.estimate(len(limits) + num_others, 0)
+        if base_s is None:  # steps without drafts have to be measured first
+            return [0] * len(limits)
+        lengths = self._best(request_ids, limits, num_others, budget, base_s)
+        if any(lengths):
+            self._num_rests = 0
+            return lengths
+        self._num_rests += 1
+        self._resting = REST
+        if self._num_rests >= PROBE_EVERY and self._could_pay(limits, num_others, base_s):
+            self._num_rests = 0
+            return _shared_out([min(limit, 1) for limit in limits], budget)
+        return lengths
+
+    def rests(self) -> bool:
+        """Whether drafts were found not to pay a few steps ago; called once per step."""
+        self._resting = max(0, self._resting - 1)
+        return self._resting > 0
+
+    def _best(
+        self, request_ids: Sequence[str], limits: Sequence[int], num_others: int, budget: int, base_s: float
+    ) -> list[int]:
+        num_base = len(limits) + num_others
+        rates = np.array([self.acceptance_of(name) for name in request_ids])
+        best_rate, best = num_base / base_s * MIN_GAIN, (0, 0)
+        depths = np.arange(1, max(limits, default=0) + 1)
+        chances = np.where(depths <= np.array(limits)[:, None], rates[:, None] ** depths, 0.0)
+        for depth in depths.tolist():
+            gains = np.sort(chances[:, :depth], axis=None)[::-1]
+            gains = gains[gains > 0][:budget]
+            sums = np.cumsum(gains)
+            for count in _counts_to_try(num_base, len(gains)):
+                seconds = self.costs.estimate(num_base + count, depth)
+                assert seconds is not None, "a step without drafts is known, so something is known of all"
+                rate = (num_base + sums[count - 1]) / seconds
+                if rate > best_rate:
+                    best_rate, best = rate, (depth, count)
+        depth, count = best
+        if not count:
+            return [0] * len(limits)
+        order = np.argsort(-chances[:, :depth], axis=None, kind="stable")[:count]
+        # a request's chances fall with the position, so those chosen are its first
+        found: list[int] = np.bincount(order // depth, minlength=len(limits)).tolist()
+        return found
+
+    def _could_pay(self, limits: Sequence[int], num_others: int, base_s: float) -> bool:
+        """Whether some number of drafts would pay if all of them were accepted."""
+        num_base = len(limits) + num_others
+        for depth in range(1, max(limits, default=0) + 1):
+            count = sum(min(limit, depth) for limit in limits)
+            seconds = self.costs.estimate(num_base + count, depth)
+            if seconds is not None and (num_base + count) / seconds > num_base / base_s * MIN_GAIN:
+                return True
+        return False
+
+
+def _counts_to_try(num_base: int, most: int) -> list[int]:
+    """Numbers of drafts that fill their kind of step (cost.token_bucket), and the most."""
+    counts: list[int] = []
+    while (counts[-1] if counts else 0) < most:
+        counts.append(min(token_bucket(num_base + (counts[-1] if counts else 0) + 1) - num_base, most))
+    return counts
+
+
+def _shared_out(limits: Sequence[int], budget: int) -> list[int]:
+    """As many as wanted, first come, first served."""
+    lengths = []
+    for limit in limits:
+        lengths.append(min(limit, budget))
+        budget -= lengths[-1]
+    return lengths

@@ -1,0 +1,118 @@
+"""From a `SpeculativeConfig` to a proposer: the draft model is opened and checked against the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from ..batch import Engine
+from ..tokenizer import Tokenizer
+from .config import SpeculativeConfig
+from .draft_model import DraftModelProposer, full_group
+from .ngram import NgramProposer
+from .proposer import Proposer, ProposerContext
+
+_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {"ngram": NgramProposer, "draft": DraftModelProposer}
+"""Proposers that come with the package, by method."""
+_SAME_LIMITS = ("max_seq_len", "max_sequences", "max_batch_tokens", "block_size")
+"""Build options that a draft model which is compiled for an LLM takes from the target."""
+
+
+def make_proposer(config: SpeculativeConfig, engine: Engine, draft_engine: Engine | None) -> Proposer:
+    """The proposer of a config; `draft_engine` has its KV cache bound. Raises ValueError for a method without one."""
+    context = ProposerContext(config=config, engine=engine, draft_engine=draft_engine)
+    if config.proposer is not None:
+        return config.proposer(context)
+    if config.method not in _PROPOSERS:
+        raise ValueError(
+            f"method {config.method!r} has no proposer for this engine; allowed: {', '.join(sorted(_PROPOSERS))}, custom"
+        )
+    return _PROPOSERS[config.method](context)
+
+
+def check_config(config: SpeculativeConfig, engine: Engine) -> None:
+    """Raises ValueError where drafts cannot fit the target's steps or sequences."""
+    needed = engine.max_sequences + config.num_draft_tokens
+    if engine.max_batch_tokens < needed:
+        raise ValueError(
+            f"num_draft_tokens is {config.num_draft_tokens} and the engine's steps have at most "
+            f"{engine.max_batch_tokens} tokens, {engine.max_sequences} of them for the requests themselves; allowed: at "
+            f"most {max(0, engine.max_batch_tokens - engine.max_sequences)}; draft fewer, or build with a larger "
+            "max_batch_tokens or a smaller max_sequences"
+        )
+    if config.num_draft_tokens >= engine.max_seq_len - 1:
+        raise ValueError(
+            f"num_draft_tokens is {config.num_draft_tokens} and max_seq_len is {engine.max_seq_len}; draft fewer"
+        )
+
+
+def open_draft_engine(config: SpeculativeConfig, engine: Engine) -> Engine | None:
+    """The engine of method draft, compiled like the target where it is not an engine; None for other methods.
+
+    Raises ValueError where it does not go with the target.
+    """
+    if config.method != "draft":
+        return None
+    full_group(engine)
+    model: Any = config.model
+    if hasattr(model, "step") and hasattr(model, "bind_cache"):
+        draft = cast(Engine, model)
+    elif isinstance(model, str) and (Path(model) / "manifest.json").is_file():
+        from ...export import load_engine
+
+        draft = cast(Engine, load_engine(Path(model)))
+    else:
+        import camshaft
+
+        build = getattr(engine, "config", None)
+        options = {name: getattr(engine, name) for name in _SAME_LIMITS}
+        if build is not None:
+            options |= {"target": build.target, "device": build.device, "dtype": build.dtype}
+        draft = cast(Engine, camshaft.compile(model, **options))
+    check_draft_engine(draft, engine)
+    return draft
+
+
+def check_draft_engine(draft: Engine, engine: Engine) -> None:
+    """Raises ValueError where a draft model cannot draft for a target."""
+    if draft is engine:
+        raise ValueError("the draft model is the target's own engine; give a smaller model (or use method 'ngram')")
+    if draft.device != engine.device:
+        raise ValueError(f"the draft model is on {draft.device} and the target on {engine.device}; build both for one")
+    if draft.block_size != engine.block_size:
+        raise ValueError(
+            f"the draft model has blocks of {draft.block_size} tokens and the target of {engine.block_size}; they share "
+            "blocks, so build both with one block_size"
+        )
+    for name in ("max_seq_len", "max_sequences"):
+        if getattr(draft, name) < getattr(engine, name):
+            raise ValueError(
+                f"the draft model was built for {name}={getattr(draft, name)} and the target for {getattr(engine, name)}; "
+                f"build it with at least the target's {name}"
+            )
+    _check_vocabulary(draft, engine)
+
+
+def _check_vocabulary(draft: Engine, engine: Engine) -> None:
+    """The same token must mean the same text. Without tokenizers all that can be compared is the number of tokens."""
+    if draft.tokenizer_path is None or engine.tokenizer_path is None:
+        if draft.vocab_size != engine.vocab_size:
+            raise ValueError(
+                f"the draft model has a vocabulary of {draft.vocab_size} tokens and the target of {engine.vocab_size}; a draft "
+                "model needs the target's tokenizer"
+            )
+        return
+    if Path(draft.tokenizer_path) == Path(engine.tokenizer_path):
+        return
+    mine, theirs = (
+        Tokenizer.from_dir(path).backend.get_vocab() for path in (draft.tokenizer_path, engine.tokenizer_path)
+    )
+    if mine == theirs:
+        return
+    differing = sorted(token for token in mine.keys() | theirs.keys() if mine.get(token) != theirs.get(token))
+    example = differing[0]
+    raise ValueError(
+        f"the draft model's tokenizer differs from the target's in {len(differing)} tokens ({example!r} is "
+        f"{mine.get(example)} there and {theirs.get(example)} here); a draft model needs the target's tokenizer"
+    )

@@ -1,0 +1,263 @@
+"""Drafts from a smaller model with the target's tokenizer (Leviathan et al. 2023, section 2; Chen et al. 2023).
+
+The draft engine's KV cache has as many blocks as the target's, and block b of it belongs to whoever has block b of the target:
+one pool of blocks, one table per request, and nothing more to allocate, share or evict. Its content is tracked apart, since the
+draft model lags behind the target:
+
+    target   | computed ..................................... | last token |
+    draft    | computed .......... | to catch up ............ | last token | d0 | d1 |
+
+The step that catches up samples d0, one step more each further draft, all requests in a batch. Tokens stay on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..batch import BatchBuilder, Engine
+from ..distribution import greedy_tokens
+from ..logits import SamplingState
+from ..packing import upload
+from ..plan import ScheduledRequest, StepPlan
+from ..request import Request, RequestStatus
+from ..sampler import Sampler, derive_seed
+from .proposer import Drafts, ProposerContext, Target, Verified
+
+Ints = npt.NDArray[np.int64]
+
+_DRAFT_STREAM = 0x5BEC0DE
+"""Index of the seed that draws drafts, among those derived from a request's."""
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far the draft model has come with a request."""
+
+    request: Request
+    state: SamplingState
+    computed: int = -1
+    """Leading tokens whose keys and values are right; -1 before the first drafts."""
+    num_preemptions: int = 0
+    drafted_at: int = 0
+    """Tokens that the request had when it was last drafted for, and the drafts it then got."""
+    num_drafted: int = 0
+
+
+class DraftModelProposer:
+    """Drafts by an engine of its own, in steps over all requests at once."""
+
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, context: ProposerContext) -> None:
+        assert context.draft_engine is not None, "method draft comes with an engine"
+        self._engine = engine = context.draft_engine
+        self._device = engine.device
+        self._exact = context.config.acceptance == "exact"
+        self._draws = context.config.acceptance != "typical"
+        self._vocab_size = context.engine.vocab_size
+        self._table = full_group(context.engine)
+        self._sampler = Sampler(self._vocab_size, self._device)
+        self._requests: dict[str, _Progress] = {}
+        self._contents: dict[int, bytes] = {}
+        """Block of the shared table -> hash of the tokens that the draft model has computed in it."""
+        self._num_steps = 0
+        self._builder = BatchBuilder(
+            num_groups=len(engine.cache_groups), block_size=engine.block_size, max_seq_len=engine.max_seq_len,
+            max_sequences=engine.max_sequences, device=self._device, tables=[self._table] * len(engine.cache_groups),
+        )  # fmt: skip
+
+    def add(self, request: Request, state: SamplingState) -> None:
+        """Prepares the request's own draws."""
+        self._requests[request.request_id] = _Progress(request, self._draft_state(state))
+
+    def release(self, request_id: str) -> None:
+        """Forgets a request; what was computed for it stays in its blocks."""
+        if self._requests.pop(request_id, None) is not None:
+            self._builder.release(request_id)
+
+    def _draft_state(self, state: SamplingState) -> SamplingState:
+        """Draws as the target does, without what follows tokens that the host does not know, or makes it wait."""
+        params = replace(
+            state.params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_token_ids=None,
+            logprobs=None, prompt_logprobs=None,
+        )  # fmt: skip
+        seed = state.seed if self._exact else derive_seed(state.seed, _DRAFT_STREAM)
+        drawn = SamplingState(params, state.prompt_token_ids, state.output_token_ids, seed, state.stop_ids)
+        if self._sampler.reads_device(drawn):
+            drawn.params = replace(params, top_p=1.0)
+        return drawn
+
+    # --- drafting -----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def propose(self, targets: Sequence[Target]) -> Drafts:
+        """Drafts of the wanted lengths for all targets."""
+        width = max(target.num_drafts for target in targets)
+        tokens_SK = torch.zeros(len(targets), width, dtype=torch.int64, device=self._device)
+        drawn = [self._is_drawn(target) for target in targets]
+        q_SKV = None
+        if any(drawn) and not self._exact:
+            q_SKV = torch.zeros(len(targets), width, self._vocab_size, device=self._device)
+        self._make_rows(len(targets))
+        places = np.arange(len(targets))
+        chosen = self._choose(targets, self._catch_up(targets), 0, places, drawn, q_SKV)
+        tokens_SK[:, 0] = chosen
+        batch = tuple(target.request for target in targets)
+        starts = np.array([target.request.num_tokens - 1 for target in targets], dtype=np.int64)
+        for number in range(1, width):
+            kept = np.array([i for i in places.tolist() if targets[i].num_drafts > number], dtype=np.int64)
+            if len(kept) < len(places):
+                places, batch = kept, tuple(targets[i].request for i in kept)
+            logits = self._step(batch, starts[places] + number, chosen)
+            chosen = self._choose([targets[i] for i in places.tolist()], logits, number, places, drawn, q_SKV)
+            if len(places) == len(targets):
+                tokens_SK[:, number] = chosen
+            else:
+                tokens_SK[upload(places, self._device), number] = chosen
+        for target in targets:
+            progress = self._requests[target.request.request_id]
+            progress.computed = progress.drafted_at = target.request.num_tokens
+            progress.num_drafted = target.num_drafts
+        certain = self._exact or not any(drawn)
+        return Drafts(
+            [target.num_drafts for target in targets], tokens_SK,
+            None if certain else q_SKV, [False] * len(targets) if certain else drawn,
+        )  # fmt: skip
+
+    def _is_drawn(self, target: Target) -> bool:
+        return self._draws and not target.state.greedy
+
+    def _choose(
+        self,
+        targets: Sequence[Target],
+        logits_RV: torch.Tensor,
+        number: int,
+        places: Ints,
+        drawn: Sequence[bool],
+        q_SKV: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[R] draft `number` of each of the targets; the logits it was drawn from go to `q_SKV`."""
+        random = [n for n, place in enumerate(places) if drawn[place]]
+        if not random:
+            return greedy_tokens(logits_RV).clamp_(min=0)
+        states = [self._requests[targets[n].request.request_id].state for n in random]
+        numbers = np.array([targets[n].request.num_output_tokens + number for n in random])
+        everything = len(random) == len(targets)
+        rows = None if everything else upload(np.array(random), self._device)
+        tokens, x_NV = self._sampler.draw(logits_RV if rows is None else logits_RV[rows], states, numbers)
+        tokens.clamp_(min=0)
+        if q_SKV is not None:
+            q_SKV[upload(places[random], self._device), number] = x_NV
+        if rows is None:
+            return tokens
+        return greedy_tokens(logits_RV).clamp_(min=0).index_copy_(0, rows, tokens)
+
+    # --- steps of the draft engine ------------------------------------------------------------------------------
+
+    def _catch_up(self, targets: Sequence[Target]) -> torch.Tensor:
+        """[S, V] logits after the last known token of every target, what comes before it computed in as many steps as needed."""
+        pending = [(target.request, self._begin(target.request)) for target in targets]
+        last: list[torch.Tensor] = []
+        budget = self._engine.max_batch_tokens
+        rows: list[ScheduledRequest] = []
+        for request, start in pending:
+            while start < request.num_tokens:
+                if not budget:
+                    last += self._run(rows)
+                    rows, budget = [], self._engine.max_batch_tokens
+                count = min(budget, request.num_tokens - start)
+                ends = start + count == request.num_tokens
+                rows.append(ScheduledRequest(request, start, count, 0, int(ends), ends))
+                start, budget = start + count, budget - count
+        last += self._run(rows)
+        self._learn(targets)
+        return last[0] if len(last) == 1 else torch.cat(last)
+
+    def _run(self, rows: Sequence[ScheduledRequest]) -> list[torch.Tensor]:
+        """Logits of the rows that end in this step; [] if none does."""
+        plan = StepPlan(self._next_id(), tuple(rows), sum(row.num_tokens for row in rows))
+        logits = self._engine.step(self._builder.build(plan))
+        return [self._fit(logits).clone()] if any(row.samples for row in rows) else []
+
+    def _step(self, requests: tuple[Request, ...], starts: Ints, in_flight: torch.Tensor) -> torch.Tensor:
+        """[R, V] logits after one more token of each request: the one sampled last."""
+        plan = StepPlan(self._next_id(), (), len(requests), decodes=requests, starts=starts, on_top=True)
+        return self._fit(self._engine.step(self._builder.build(plan, in_flight)))
+
+    def _next_id(self) -> int:
+        self._num_steps += 1
+        return self._num_steps
+
+    def _fit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits over the target's vocabulary: models of one tokenizer may pad theirs differently."""
+        missing = self._vocab_size - logits.shape[1]
+        if missing <= 0:
+            return logits[:, : self._vocab_size]
+        return torch.nn.functional.pad(logits.float(), (0, missing), value=float("-inf"))
+
+    def _make_rows(self, num_targets: int) -> None:
+        """Takes the places in the batch builder's tables from requests that lost their blocks."""
+        if self._builder.num_free_rows < num_targets:
+            for progress in self._requests.values():
+                if progress.request.status is not RequestStatus.RUNNING:
+                    self._builder.release(progress.request.request_id)
+                    progress.computed = -1
+
+    # --- what is computed ---------------------------------------------------------------------------------------
+
+    def _begin(self, request: Request) -> int:
+        """The first token of the request that the draft model has to compute now."""
+        progress = self._requests[request.request_id]
+        if progress.computed < 0 or progress.num_preemptions != request.num_preemptions:
+            self._builder.release(request.request_id)
+            progress.num_preemptions = request.num_preemptions
+            progress.computed = self._found(request)
+        return min(progress.computed, request.num_tokens - 1)
+
+    def _found(self, request: Request) -> int:
+        """Leading tokens that earlier requests have left in the request's blocks."""
+        size = self._engine.block_size
+        hashes = request.block_hashes.get(size, [])
+        found = 0
+        for block, content in zip(request.block_ids[self._table], hashes):
+            if self._contents.get(block) != content:
+                break
+            found += 1
+        return found * size
+
+    def _learn(self, targets: Sequence[Target]) -> None:
+        """Notes the full blocks that the draft model has now computed."""
+        size = self._engine.block_size
+        for target in targets:
+            request = target.request
+            hashes = request.block_hashes.get(size, [])
+            first = max(self._requests[request.request_id].computed, 0) // size
+            for block, content in zip(request.block_ids[self._table][first:], hashes[first:]):
+                self._contents[block] = content
+
+    def observe(self, verified: Sequence[Verified]) -> None:
+        """The drafts that were accepted are computed already, except for the last one of a proposal."""
+        for item in verified:
+            progress = self._requests.get(item.request.request_id)
+            if progress is not None:
+                progress.computed = progress.drafted_at + min(item.num_accepted, progress.num_drafted - 1)
+
+
+def full_group(target: Engine) -> int:
+    """The target's cache group whose blocks the draft model shares: one of full attention, whose blocks stay.
+
+    Raises ValueError where there is none: blocks behind a window are given back before a draft model that starts later, with the
+    prompt, has computed what they hold.
+    """
+    for number, group in enumerate(target.cache_groups):
+        if group.window == 0:
+            return number
+    raise ValueError(
+        f"all layers of the target have windows ({[group.window for group in target.cache_groups]} tokens), so no blocks hold "
+        "the whole text for a draft model; use method 'ngram'"
+    )

@@ -1,0 +1,177 @@
+"""Speculation in the serving loop: whom to draft for, the drafts, and what is learnt from their verification.
+
+    wants_drafts -> propose -> (Scheduler.schedule, Runner.launch, Runner.collect, Scheduler.update) -> observe
+
+The core asks before it plans a step. While drafts pay, a step is planned when the one before it has its result, since that decides
+where it begins; while they do not, steps are planned ahead as without speculation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..logits import SamplingState
+from ..plan import RequestUpdate, StepPlan
+from ..request import Request
+from ..runner import Runner
+from ..scheduler import Scheduler
+from .adaptive import AdaptiveLengths
+from .config import SpeculativeConfig
+from .metrics import SpeculativeMetrics
+from .proposer import Drafts, Proposer, Target, Verified
+from .verification import Outcome, StepDrafts
+
+
+class Speculation:
+    """Speculation of one LLM; for its serving thread.
+
+    Args:
+        proposer: makes the drafts.
+        drafts_on_host: whether their values are brought to the host before a step is planned (a trace records them).
+        clock: seconds, for measuring steps.
+    """
+
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        proposer: Proposer,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        drafts_on_host: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config = config
+        self.proposer = proposer
+        self.lengths = AdaptiveLengths(config.num_draft_tokens, adaptive=config.adaptive)
+        self.totals = SpeculativeMetrics()
+        self._scheduler, self._runner, self._clock = scheduler, runner, clock
+        self._on_host = drafts_on_host or runner.engine.device.type == "cpu"
+        self._metrics: dict[str, SpeculativeMetrics] = {}
+        self._vocab_size = runner.engine.vocab_size
+        self._since: float | None = None
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def add(self, request: Request, state: SamplingState, metrics: SpeculativeMetrics) -> None:
+        """A new request that may speculate; what becomes of its drafts is counted in `metrics`."""
+        self._metrics[request.request_id] = metrics
+        self.proposer.add(request, state)
+
+    def release(self, request: Request) -> None:
+        """A request has ended; harmless for one that does not speculate."""
+        metrics = self._metrics.pop(request.request_id, None)
+        if metrics is None:
+            return
+        metrics.num_tokens += request.num_output_tokens
+        self.totals.num_tokens += request.num_output_tokens
+        self.lengths.release(request.request_id)
+        self.proposer.release(request.request_id)
+
+    # --- drafts -------------------------------------------------------------------------------------------------
+
+    def wants_drafts(self) -> bool:
+        """Whether the next step may have drafts, so that it cannot be planned ahead; asked once per step."""
+        return bool(self._metrics) and not self.lengths.rests()
+
+    def propose(self) -> StepDrafts | None:
+        """Drafts for the next step, left in the requests; None where nobody gets any. Whatever the proposer raises passes."""
+        targets = self._targets()
+        if not targets:
+            return None
+        drafts = self.proposer.propose(targets)
+        self._check(targets, drafts)
+        if isinstance(drafts.token_ids, torch.Tensor) and (
+            self._on_host or any(target.state.follows_words for target in targets)
+        ):
+            drafts.token_ids = [row[:n] for row, n in zip(drafts.token_ids.tolist(), drafts.lengths)]
+        for number, (target, length) in enumerate(zip(targets, drafts.lengths)):
+            known = None if isinstance(drafts.token_ids, torch.Tensor) else drafts.token_ids[number]
+            target.request.draft_token_ids = [0] * length if known is None else list(known[:length])
+        return StepDrafts(drafts, {target.request.request_id: i for i, target in enumerate(targets)})
+
+    def _targets(self) -> list[Target]:
+        """The requests that get drafts, with room for them."""
+        scheduler, ready = self._scheduler, []
+        decoding = 0
+        for request in scheduler.running:
+            if request.prefilling:
+                continue
+            decoding += 1
+            if request.request_id in self._metrics and request.num_computed_tokens + 1 == request.num_tokens:
+                ready.append(request)
+        if not ready:
+            return []
+        limits = [request.max_total_tokens - request.num_tokens - 1 for request in ready]
+        budget = scheduler.config.max_batch_tokens - decoding
+        chosen = self.lengths.choose([r.request_id for r in ready], limits, decoding - len(ready), budget)
+        targets = []
+        for request, wanted in zip(ready, chosen):
+            room = scheduler.reserve_drafts(request, wanted) if wanted else 0
+            if room:
+                targets.append(Target(request, self._runner.state(request.request_id), room))
+        return targets
+
+    def _check(self, targets: Sequence[Target], drafts: Drafts) -> None:
+        """What the runtime relies on. Raises ValueError."""
+        name = type(self.proposer).__name__
+        if len(drafts.lengths) != len(targets) or len(drafts.token_ids) != len(targets):
+            raise ValueError(
+                f"{name} gave drafts for {len(drafts.lengths)} requests; allowed: {len(targets)}, one each"
+            )
+        for number, (target, length) in enumerate(zip(targets, drafts.lengths)):
+            if not 0 <= length <= target.num_drafts:
+                raise ValueError(
+                    f"{name} gave {length} drafts for request {target.request.request_id!r}; allowed: at most "
+                    f"{target.num_drafts}, which is what it was asked for and what fits the step"
+                )
+            if isinstance(drafts.token_ids, torch.Tensor):
+                continue
+            tokens = drafts.token_ids[number]
+            if len(tokens) < length or (length and not 0 <= min(tokens) <= max(tokens) < self._vocab_size):
+                raise ValueError(
+                    f"{name} gave the drafts {list(tokens)} of length {length} for request "
+                    f"{target.request.request_id!r}; allowed: as many token ids, from 0 to {self._vocab_size - 1}"
+                )
+
+    # --- results ------------------------------------------------------------------------------------------------
+
+    def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, updates: Sequence[RequestUpdate]) -> None:
+        """Takes in what became of a step's drafts."""
+        new_tokens = {id(update.request): len(update.new_token_ids) for update in updates}
+        verified = []
+        for outcome in outcomes:
+            row = plan.others[outcome.index - len(plan.decodes)]
+            request, num_tokens = row.request, new_tokens.get(id(row.request), 0)
+            metrics = self._metrics.get(request.request_id)
+            if metrics is None or not num_tokens:
+                continue  # it ended meanwhile
+            num_drafts, num_accepted = row.num_draft_tokens, len(outcome.nodes)
+            counted = min(num_accepted, num_tokens)  # it may have ended inside the drafts
+            for counts in (metrics, self.totals):
+                counts.count(num_drafts, counted, num_tokens)
+            self.lengths.count(request.request_id, num_drafts, num_accepted)
+            verified.append(Verified(request, num_drafts, num_accepted))
+        if verified:
+            self.proposer.observe(verified)
+
+    def begin_step(self, *, follows: bool) -> None:
+        """A step begins; `follows`: one is in flight, so the device is busy."""
+        if not follows:
+            self._since = self._clock()
+
+    def end_step(self, plan: StepPlan) -> None:
+        """A step's result has come: its time is that since the result before it, or since it began."""
+        now = self._clock()
+        depth = 0
+        for row in plan.others:
+            if row.num_tokens != 1 + row.num_draft_tokens:
+                depth = -1  # a prompt among them
+                break
+            depth = max(depth, row.num_draft_tokens)
+        if depth >= 0 and self._since is not None:
+            self.lengths.costs.observe(plan.num_tokens, depth, now - self._since)
+        self._since = now
