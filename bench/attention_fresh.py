@@ -23,10 +23,10 @@ SHAPES = {"64 x 128": [128] * 64, "8 x 1024": [1024] * 8, "4 x 2048": [2048] * 4
 RAGGED = [137, 512, 1, 300, 64, 1025, 9]
 CHANGED = [64, 1, 900, 3, 511, 9, 560]
 """As many sequences and rows as RAGGED."""
-TILES = {  # head size -> block_m, block_n, warps, stages, programs a processor
+TILES: dict[int, list[tuple[int, ...]]] = {  # head size -> block_m, block_n, warps, stages, programs a processor, registers
     64: [(128, 128, 8, 2, 1), (128, 128, 8, 2, 2), (128, 64, 8, 3, 2), (64, 128, 4, 2, 3), (64, 64, 4, 3, 4)],
     128: [
-        (128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (64, 64, 4, 2, 2),
+        (128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (128, 32, 8, 3, 2, 128), (64, 64, 4, 2, 2),
         (64, 128, 4, 2, 1), (256, 64, 8, 2, 1), (256, 32, 8, 3, 1),
     ],
     256: [(128, 64, 8, 2, 1), (128, 32, 8, 2, 1), (64, 64, 8, 2, 1), (64, 32, 4, 3, 2)],
@@ -118,9 +118,13 @@ class Prompts:
 def candidates(prompts: Prompts) -> Iterator[tuple[str, Fresh, Callable[[], torch.Tensor]]]:
     """Name, tiles where it is a choice of ours, and the call."""
     yield "paged", "paged", lambda: prompts.paged("paged")
-    for m, n, warps, stages, programs in TILES[prompts.dim]:
-        tiles = FreshConfig(block_m=m, block_n=n, num_warps=warps, num_stages=stages, programs_per_processor=programs)
-        yield f"fresh {m}x{n} w{warps} s{stages} p{programs}", tiles, lambda tiles=tiles: prompts.paged(tiles)
+    for m, n, warps, stages, programs, *registers in TILES[prompts.dim]:
+        tiles = FreshConfig(
+            block_m=m, block_n=n, num_warps=warps, num_stages=stages, programs_per_processor=programs,
+            max_registers=registers[0] if registers else None,
+        )  # fmt: skip
+        name = " ".join([f"fresh {m}x{n} w{warps} s{stages} p{programs}", *(f"r{count}" for count in registers)])
+        yield name, tiles, lambda tiles=tiles: prompts.paged(tiles)
     yield "flash-attention 2", None, prompts.flash
     yield "cudnn ragged", None, prompts.cudnn
     yield "cudnn dense", None, prompts.cudnn_dense
@@ -191,7 +195,7 @@ def rows() -> list[dict[str, Any]]:
     """All candidates: every shape at head size 128, 4 x 2048 at the others; then whole mixed steps. The best tiles last."""
     results, best = [], []
     for dim in (128, 64, 256):
-        sums: dict[Fresh, float] = {}
+        times: dict[Fresh, list[float]] = {}
         for shape, lengths in SHAPES.items() if dim == 128 else [("4 x 2048", SHAPES["4 x 2048"])]:
             prompts = Prompts(lengths, dim)
             write_us = sustained_us(lambda p=prompts: p.paged("paged", max_query_len=0))
@@ -206,10 +210,12 @@ def rows() -> list[dict[str, Any]]:
                     if tiles is not None:
                         us = max(us - write_us, 0.1)
                         entry["attention us"] = round(us, 1)
-                        sums[tiles] = sums.get(tiles, 0.0) + us
+                        times.setdefault(tiles, []).append(us)
                     entry["TFLOP/s"] = round(prompts.flops / us / 1e6, 1)
                 results.append(entry)
                 print("  ".join(f"{key}={value}" for key, value in entry.items()), flush=True)
+        most = max(map(len, times.values()), default=0)
+        sums = {tiles: sum(entries) for tiles, entries in times.items() if len(entries) == most}
         tiles, us = min(sums.items(), key=lambda pair: pair[1], default=(None, 0.0))
         best.append({"head size": dim, "best of ours": str(tiles), "sum of attention us": round(us, 1)})
         if dim == 128 and isinstance(tiles, FreshConfig):

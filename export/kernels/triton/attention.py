@@ -323,12 +323,13 @@ def _prefill_fresh(call: _Call, config: FreshConfig, state: AttentionState) -> N
     k_blocks = TensorDescriptor(k, [num_tokens, kv * dim], [k.stride(0), 1], [block_n, dim])
     v_blocks = TensorDescriptor(v, [num_tokens, kv * v.shape[2]], [v.stride(0), 1], [block_n, v.shape[2]])
     programs = config.programs_per_processor * num_processors(q.device)
+    registers: dict[str, Any] = {"maxnreg": config.max_registers} if config.max_registers else {}
     prefill_fresh_kernel[(min(bound * kv, programs),)](
         q, k, v, k_blocks, v_blocks, call.out, tiles, call.query_start, call.sinks, call.alibi_slopes, *q.stride()[:2],
         k.stride(0), v.stride(0), call.scale, call.softcap, WINDOW=call.window, SOFTCAP=call.softcap > 0,
         SINKS=call.sinks is not None, ALIBI=call.alibi_slopes is not None, KV=kv, GROUP=call.group, D=dim,
         DV=v.shape[2], BLOCK_M=config.block_m, BLOCK_N=block_n, NUM_STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, **registers,
     )  # fmt: skip
 
 

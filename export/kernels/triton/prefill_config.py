@@ -32,6 +32,8 @@ class FreshConfig:
     num_stages: int
     programs_per_processor: int = 1
     """Programs a streaming multiprocessor; each takes one tile after the other."""
+    max_registers: int | None = None
+    """Of a thread; fewer let two programs of 8 warps share a processor, one computing weights while the other multiplies."""
 
 
 Fresh = FreshConfig | Literal["paged"] | None
