@@ -28,7 +28,7 @@ from .algorithm import LayerPlan, QuantizedLayer
 from .awq import clip, search_scale
 from .calibration import CalibrationData, CalibrationRun, LayerInput, ProgressCallback
 from .channels import Heads, value_heads
-from .gptq import gptq
+from .gptq import corrected, gptq
 from .recipe import Recipe
 from .smoothquant import smoothing_scale
 from .statistics import InputStatistics, static_scale
@@ -94,17 +94,25 @@ class Calibrator:
                 found |= self._from_statistics(program, group, plan)
             return found
         copies = _HostCopies()
-        run = self.run(program)
-        for inputs in run.inputs_of(list(plan)):
+        original = self._unquantized(program, plan)
+        for inputs in self.run(program).inputs_of(list(plan)):
+            beside = next(original, None)
             plans = {layer: plan[layer] for layer in inputs.layers}
             weights = {layer: inputs.weight(layer) for layer in inputs.layers}
             moment = any(p.recipe.algorithm in _MOMENT_ALGORITHMS for p in plans.values())
             statistics = InputStatistics.of(inputs.chunks(), moment=moment)
-            made = quantize_group(plans, weights, statistics, inputs.chunks, value_heads(inputs.x))
+            chunks, originals = inputs.chunks, None if beside is None else beside.chunks
+            made = quantize_group(plans, weights, statistics, chunks, value_heads(inputs.x), originals)
             for layer, quantized in made.items():
                 use_layer(inputs, layer, quantized)
                 found[layer] = copies.of(quantized)
         return found
+
+    def _unquantized(self, program: Program, plan: Mapping[fx.Node, LayerPlan]) -> Iterator[LayerInput]:
+        """A run of the unquantized model beside the other, where GPTQ fits weights to its outputs; else nothing."""
+        if any(item.recipe.algorithm == "gptq" and item.recipe.gptq_correct for item in plan.values()):
+            return replace(self, progress=None).run(program).inputs_of(list(plan))
+        return iter(())
 
     def _from_statistics(
         self, program: Program, group: list[fx.Node], plan: Mapping[fx.Node, LayerPlan]
@@ -124,11 +132,12 @@ def quantize_group(
     statistics: InputStatistics,
     chunks: Callable[[], Iterator[Tensor]] | None,
     heads: Heads | None = None,
+    originals: Callable[[], Iterator[Tensor]] | None = None,
 ) -> dict[fx.Node, QuantizedLayer]:
     """Quantizes the layers that read one x.
 
     statistics: of x. chunks: x itself [T, K], once per call; None: the moments of rounded inputs are taken for those of x. heads:
-    where x is attention's output, see `channels`. Raises ValueError.
+    where x is attention's output, see `channels`. originals: x of the unquantized model, in the same pieces. Raises ValueError.
     """
     made: dict[fx.Node, QuantizedLayer] = {}
     sets: dict[tuple[str, LinearFormat], list[fx.Node]] = {}
@@ -139,16 +148,20 @@ def quantize_group(
         members = [weights[layer] for layer in layers]
         factor = _channel_factor(members, statistics, format, recipe, plans[layers[0]].weight, heads)
         scaled = statistics if factor is None else statistics.scaled(factor)
-        moment = None
+        moment = cross = None
         if recipe.algorithm in _MOMENT_ALGORITHMS:
             moment = scaled.require_moment(plans[layers[0]].weight)
             if chunks is not None and format.activations != "none":
                 moment = _rounded_moment(chunks(), factor, format, scaled)
+            if chunks is not None and originals is not None and recipe.algorithm == "gptq" and recipe.gptq_correct:
+                cross = _cross_moment(originals(), _rounded(chunks(), factor, format, scaled))
         x_scale = (
             static_scale(scaled, _LIMITS[format.activations]) if format.activations in STATIC_ACTIVATIONS else None
         )
         for layer, weight in zip(layers, members):
             wide = weight.float() if factor is None else weight.float() / factor
+            if moment is not None and cross is not None:
+                wide = corrected(wide, moment, cross, damp=recipe.gptq_damp, name=plans[layer].weight)
             parts, order = _round(wide, moment, scaled, plans[layer])
             made[layer] = QuantizedLayer(
                 format=format, weight=parts, channel_factor=factor, order=order, x_scale=x_scale
@@ -200,18 +213,34 @@ def _round(
 def _rounded_moment(
     chunks: Iterable[Tensor], factor: Tensor | None, format: LinearFormat, statistics: InputStatistics
 ) -> Tensor:
-    """Mean of x x^T over inputs as the product sees them."""
-    limit = _LIMITS.get(format.activations)
-    x_scale = None if limit is None else static_scale(statistics, limit)
-
-    def rounded() -> Iterator[Tensor]:
-        for x in chunks:
-            values, scale = quantize_activations(x if factor is None else x.float() * factor, format, x_scale)
-            yield values if scale is None else values * scale
-
-    moment = InputStatistics.of(rounded(), moment=True).moment
+    """Mean of q q^T over inputs q as the product sees them."""
+    moment = InputStatistics.of(_rounded(chunks, factor, format, statistics), moment=True).moment
     assert moment is not None
     return moment
+
+
+def _rounded(
+    chunks: Iterable[Tensor], factor: Tensor | None, format: LinearFormat, statistics: InputStatistics
+) -> Iterator[Tensor]:
+    """Inputs as the product sees them, float32."""
+    limit = _LIMITS.get(format.activations)
+    x_scale = None if limit is None else static_scale(statistics, limit)
+    for x in chunks:
+        values, scale = quantize_activations(x if factor is None else x.float() * factor, format, x_scale)
+        yield values if scale is None else values * scale
+
+
+def _cross_moment(originals: Iterable[Tensor], rounded: Iterable[Tensor]) -> Tensor:
+    """Mean of x q^T, [K, K] float32, over the tokens of both."""
+    total: Tensor | None = None
+    num_tokens = 0
+    for x, q in zip(originals, rounded, strict=True):
+        if total is None:
+            total = torch.zeros((x.shape[1], q.shape[1]), device=x.device)
+        total.addmm_(x.float().t(), q)
+        num_tokens += x.shape[0]
+    assert total is not None
+    return total / num_tokens
 
 
 def emulated(layer: QuantizedLayer, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

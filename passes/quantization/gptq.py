@@ -86,22 +86,41 @@ def output_error(weight_NK: Tensor, restored_NK: Tensor, hessian_KK: Tensor) -> 
     return error / energy if energy > 0 else 0.0
 
 
+def corrected(
+    weight_NK: Tensor, hessian_KK: Tensor, cross_KK: Tensor, *, damp: float = 0.01, name: str = "the weight"
+) -> Tensor:
+    """The float matrix that on the inputs as they will be comes closest to the layer's own output: W (C + l I) (H + l I)^-1.
+
+    hessian_KK: mean of q q^T, q the inputs behind quantized layers and rounded as the format says. cross_KK: mean of x q^T, x the
+    inputs of the unquantized model. l: `damp` of H's mean diagonal. Minimizes |W x - W' q|^2 + l |W - W'|^2, so GPTQ also answers
+    what earlier layers lost (asymmetric calibration: Li et al. 2025, "GPTAQ", section 3). Raises ValueError as `gptq` does.
+    """
+    lower, added = _damped_cholesky(hessian_KK.float(), damp, name)
+    target = weight_NK.float() @ cross_KK + added * weight_NK.float()
+    return torch.cholesky_solve(target.t(), lower).t().contiguous()
+
+
 def _inverse_factor(hessian_KK: Tensor, damp: float, name: str) -> Tensor:
-    """The upper Cholesky factor U of the damped matrix's inverse: H^-1 = U^T U. Tries ten times the damping where it has none."""
-    diagonal = hessian_KK.diagonal()
-    mean = float(diagonal.mean())
-    if mean <= 0:
-        return torch.eye(hessian_KK.shape[0], device=hessian_KK.device)
+    """The upper Cholesky factor U of the damped matrix's inverse: H^-1 = U^T U."""
+    lower, _ = _damped_cholesky(hessian_KK, damp, name)
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(failed):
+        raise ValueError(
+            f"{name}: the inverse of its inputs' second moments has no Cholesky factor; raise gptq_damp ({damp})"
+        )
+    return upper
+
+
+def _damped_cholesky(hessian_KK: Tensor, damp: float, name: str) -> tuple[Tensor, float]:
+    """(the lower Cholesky factor of H with a damped diagonal, what was added). Tries ten times the damping where there is none."""
+    mean = float(hessian_KK.diagonal().mean()) or 1.0
     while damp <= _MAX_DAMP:
         damped = hessian_KK.clone()
         damped.diagonal().add_(damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            damped = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
-            if not int(failed):
-                return upper
-        damp *= 10
+            return lower, damp * mean
+        damp = max(damp, 1e-4) * 10
     raise ValueError(
         f"{name}: the inputs' second moments have no Cholesky factor with damping up to {_MAX_DAMP}; they are not finite, or far "
         "too large for float32"

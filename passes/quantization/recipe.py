@@ -59,6 +59,8 @@ class Recipe:
     """GPTQ: columns between updates of all columns behind them."""
     gptq_damp: float = 0.01
     """GPTQ: share of the Hessian's mean diagonal that is added to its diagonal."""
+    gptq_correct: bool = True
+    """GPTQ: weights are first fitted to the outputs of the unquantized model, which is run beside the quantized one."""
     act_order: ActOrder = "none"
     """GPTQ: "static": columns are rounded in the order of falling activations, groups stay as they are; "gather": they are stored
     so, groups of alike columns, and the input is gathered in each step."""

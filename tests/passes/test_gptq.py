@@ -6,7 +6,7 @@ import pytest
 import torch
 from camshaft.graph.linear_format import LinearFormat
 from camshaft.graph.quant_formats import dequantize_weight, quantize_weight
-from camshaft.passes.quantization.gptq import gptq, output_error
+from camshaft.passes.quantization.gptq import corrected, gptq, output_error
 from camshaft.passes.quantization.grid import Grid
 from torch import Tensor
 
@@ -93,3 +93,14 @@ def test_moments_of_few_tokens_are_damped() -> None:
     assert torch.isfinite(found.parts.scale).all()
     with pytest.raises(ValueError, match="q_proj: .* no Cholesky factor"):
         gptq(weight, torch.full((128, 128), float("nan")), LinearFormat.parse("int4:g32/none"), name="q_proj")
+
+
+def test_correction_fits_the_output_of_the_original_inputs() -> None:
+    weight, hessian = _case()
+    torch.testing.assert_close(corrected(weight, hessian, hessian), weight, atol=1e-5, rtol=1e-4)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2048, 128, generator=generator)
+    q = x + 0.3 * torch.randn(2048, 128, generator=generator) + 0.2 * x.roll(1, 1)
+    fitted = corrected(weight, q.t() @ q / 2048, x.t() @ q / 2048)
+    expected = x @ weight.t()
+    assert (q @ fitted.t() - expected).norm() < 0.95 * (q @ weight.t() - expected).norm()
