@@ -11,11 +11,12 @@ from camshaft.export.bisect import check_engine
 from camshaft.export.build import passes_of
 from camshaft.export.engine import Engine
 from camshaft.models import demo
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes import quantize_fp8
 from camshaft.passes.manager import PassManager
 from camshaft.runtime.bench.perplexity import document_tokens, perplexity
 from families import random_model, tiny_config
+from shared_traces import trace_decoder
 
 import camshaft
 from camshaft import LLM, SamplingParams
@@ -46,7 +47,7 @@ def _stored(engine: Engine) -> set[str]:
 @pytest.mark.parametrize(
     ("family", "layers", "target"),
     [
-        ("llama", 8, "inductor"),
+        pytest.param("llama", 8, "inductor", marks=pytest.mark.long),
         pytest.param("gpt2", 8, "onnxruntime", marks=pytest.mark.long),
         pytest.param("phi3", 8, "onnxruntime", marks=pytest.mark.long),
         ("qwen2", 8, "eager"),
@@ -58,7 +59,7 @@ def _stored(engine: Engine) -> set[str]:
 def test_families_agree_with_the_definitions(family: str, layers: int, target: str) -> None:
     model = random_model(tiny_config(family))
     engine = _build(model, target)
-    assert (engine.config.target, _matches(engine, "quantize_fp8")) == (target, layers)
+    assert (engine.config.target, _matches(engine, "quantize_linear")) == (target, layers)
     assert len(_stored(engine)) == layers
     assert any("it makes the logits" in line for line in engine.manifest.report)
     if "mixtral" in family or "moe" in family:
@@ -123,7 +124,7 @@ def test_modules_refuse_options_of_decoders() -> None:
 
 def test_perplexity_of_the_demo_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize_fp8, "MIN_WEIGHTS", 1 << 17)
-    text = demo.heldout_path().read_text(encoding="utf-8")[:4000]
+    text = demo.heldout_path().read_text(encoding="utf-8")[:1600]
     scores = {}
     for name, options in (("plain", {"quantize": None, "kv_cache_dtype": "auto"}), ("fp8", FP8)):
         with LLM(_build("demo", max_seq_len=256, max_batch_tokens=256, **options), kv_cache_bytes=16 << 20) as llm:

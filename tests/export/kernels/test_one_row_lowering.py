@@ -22,11 +22,13 @@ from camshaft.export.targets.inductor import InductorTarget
 from camshaft.export.targets.inductor_source import variants_of
 from camshaft.export.trace import InliningInterpreter, example_inputs, export_segment
 from camshaft.graph import ops, quant_ops
-from camshaft.models.huggingface import open_model, trace_decoder
+from camshaft.models.huggingface import open_model
 from camshaft.passes import quantize_fp8
 from camshaft.passes.manager import PassManager
 from camshaft.passes.pipeline import decoder_passes
+from camshaft.passes.quantization.recipe import Recipe
 from families import random_model, tiny_config
+from shared_traces import trace_decoder
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -41,7 +43,8 @@ needs_compiler = pytest.mark.skipif(
 
 def _segments(quantize: str | None) -> list[Segment]:
     source = open_model(random_model(tiny_config("llama")), torch.bfloat16)
-    program = PassManager(decoder_passes(block_size=16, quantize=quantize)).run(trace_decoder(source))
+    recipe = None if quantize is None else Recipe.named(quantize)
+    program = PassManager(decoder_passes(block_size=16, quantize=recipe)).run(trace_decoder(source))
     return list(plan_for(program, "inductor").segments.values())
 
 
