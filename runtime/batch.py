@@ -229,8 +229,17 @@ class BatchBuilder:
         batch = Batch(sent[0], sent[1], groups, sent[4 + num_groups], sent[5 + num_groups], sent[2],
                       layout.max_query_len, max_seq_len, layout.num_decodes)  # fmt: skip
         small = not plan.others and num_decodes <= _REPEAT_SEQUENCES and self.device.type == "cpu"
-        self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if small and in_flight is None else None
+        repeats = small and in_flight is None and self._knows_all_blocks(plan.decodes)
+        self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if repeats else None
         return batch
+
+    def _knows_all_blocks(self, requests: Sequence[Request]) -> bool:
+        """Whether the tables hold every block of these requests: some may have been taken ahead, for drafts."""
+        return all(
+            self._known[group, self._rows[request.request_id]] == len(request.block_ids[source])
+            for request in requests
+            for group, source in enumerate(self._sources)
+        )
 
     def _write_tokens(self, plan: StepPlan, token_ids: Ints, *, known: bool) -> None:
         num_decodes = len(plan.decodes)

@@ -250,6 +250,11 @@ class ServingCore:
         for index, position in result.failed_prompts.items():
             self._fail_row(plan.request(index), f"no log-probabilities after position {position} of the prompt", "")
         updates = self.scheduler.update(plan, result.tokens)
+        for update in updates:
+            if (
+                update.finished
+            ):  # its place may be another's in the next step, which is launched before this is delivered
+                self.runner.end_steps(update.request.request_id)
         if self.speculation is not None:
             self.speculation.end_step(plan)
             self.speculation.observe(result.outcomes, plan, updates)

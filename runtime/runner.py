@@ -123,6 +123,10 @@ class Runner:
         """The sampling state of a live request."""
         return self._states[request_id]
 
+    def end_steps(self, request_id: str) -> None:
+        """No later step has this request: its place in the batch goes to others. To be followed by `release`."""
+        self._builder.release(request_id)
+
     def release(self, request_id: str) -> None:
         """Frees what belongs to a request that has ended; harmless for an unknown one."""
         self._builder.release(request_id)
