@@ -32,8 +32,7 @@ INT4_TABLE = (
     Choice(rows=16, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, stages=6, scale_sums=True)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=128, stages=6, scale_sums=True)),
     Choice(rows=64, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True, scale_sums=True)),
-    Choice(rows=64, columns=_ANY, config=Tile(block_n=128, block_k=128, weight_left=True, scale_sums=True)),
-    Choice(rows=256, columns=_ANY, config=Tile(block_n=128, block_k=128, weight_left=True, scale_sums=True)),
+    Choice(rows=256, columns=_ANY, config=Tile(block_n=128, block_k=128, warps=8, weight_left=True, scale_sums=True)),
     Choice(rows=_ANY, columns=_ANY, config=None),
 )
 """int4."""
@@ -41,7 +40,7 @@ FP4_TABLE = (
     Choice(rows=16, columns=8192, config=Tile(block_n=64, block_k=256, splits=4)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=256)),
     Choice(rows=64, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
-    Choice(rows=256, columns=_ANY, config=Tile(block_n=128, block_k=128, weight_left=True)),
+    Choice(rows=256, columns=_ANY, config=Tile(block_n=128, block_k=128, warps=8, weight_left=True)),
     Choice(rows=_ANY, columns=_ANY, config=None),
 )
 """e2m1: nvfp4 and mxfp4."""
