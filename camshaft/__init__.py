@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .export.engine import Engine
     from .export.whole import Export, export_model
     from .passes.quantization.recipe import Recipe
-    from .runtime import LLM, RequestOutput, SamplingParams
+    from .runtime import LLM, RequestOutput, SamplingParams, SpeculativeConfig
 
 _HOME = {
     "compile": ".api",
@@ -25,6 +25,7 @@ _HOME = {
     "Recipe": ".passes.quantization.recipe",
     "SamplingParams": ".runtime",
     "RequestOutput": ".runtime",
+    "SpeculativeConfig": ".runtime",
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Recipe",
     "RequestOutput",
     "SamplingParams",
+    "SpeculativeConfig",
     "__version__",
     "compile",
     "export_model",

@@ -31,6 +31,14 @@ from .common import (
     parse_numbers,
     quantize_options,
 )
+from .speculative import (
+    AcceptanceOption,
+    AdaptiveOption,
+    DraftModelOption,
+    NumDraftOption,
+    SpeculativeOption,
+    speculative_config,
+)
 
 if TYPE_CHECKING:
     from ..runtime.bench.cases import Case
@@ -216,6 +224,11 @@ def run(
             show_default=False,
         ),
     ] = None,
+    speculative: SpeculativeOption = None,
+    draft_model: DraftModelOption = None,
+    num_draft_tokens: NumDraftOption = 4,
+    acceptance: AcceptanceOption = "rejection",
+    adaptive: AdaptiveOption = True,
     kv_cache_bytes: KvBytesOption = None,
     target: TargetOption = None,
     device: DeviceOption = None,
@@ -261,6 +274,7 @@ def run(
     invocation = Invocation(
         model=model, random_weights=random_weights, seed=seed, cases=cases, is_suite=suite is not None, text=text,
         baseline=baseline, out=out, save=save, trace=trace,
+        speculative=speculative_config(speculative, draft_model, num_draft_tokens, acceptance, adaptive),
         build={
             "target": target, "device": device, "dtype": dtype, "max_seq_len": max_seq_len,
             "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences, "block_size": block_size,

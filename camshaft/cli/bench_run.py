@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..runtime.bench.cases import Case
     from ..runtime.bench.measure import Repeat
     from ..runtime.bench.session import Session
+    from ..runtime.speculative.config import SpeculativeConfig
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,7 @@ class Invocation:
     out: Path | None = None
     save: Path | None = None
     trace: Path | None = None
+    speculative: SpeculativeConfig | None = None
     opened: dict[str, float] = field(default_factory=dict)
     """Seconds: build_s of a model that was compiled, load_s of an engine that was opened."""
 
@@ -68,7 +70,8 @@ class Invocation:
         if self.save is not None:
             engine.save(self.save)
         documents = []
-        with Session(engine, text_tokens=_text_tokens(engine, self.text), tell=_tell, trace=self.trace) as session:
+        tokens = _text_tokens(engine, self.text)
+        with Session(engine, text_tokens=tokens, tell=_tell, trace=self.trace, speculative=self.speculative) as session:
             for case in self.cases:
                 documents.append(self._measure(session, case))
                 self._show(to, documents[-1])

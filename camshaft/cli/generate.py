@@ -33,6 +33,16 @@ from .common import (
     parse_bytes,
     quantize_options,
 )
+from .speculative import (
+    AcceptanceOption,
+    AdaptiveOption,
+    DraftModelOption,
+    NumDraftOption,
+    SpeculativeOption,
+    acceptance_line,
+    metrics_facts,
+    speculative_config,
+)
 
 if TYPE_CHECKING:
     from ..runtime import LLM, SamplingParams
@@ -73,6 +83,11 @@ def generate(
         typer.Option("--stop", help="End a text before this string (may be given several times).", show_default=False),
     ] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show text while it is made.")] = True,
+    speculative: SpeculativeOption = None,
+    draft_model: DraftModelOption = None,
+    num_draft_tokens: NumDraftOption = 4,
+    acceptance: AcceptanceOption = "rejection",
+    adaptive: AdaptiveOption = True,
     kv_cache_bytes: KvBytesOption = None,
     target: TargetOption = None,
     device: DeviceOption = None,
@@ -100,6 +115,7 @@ def generate(
         seed=seed,
         stop=stop or None,
     )
+    drafting = speculative_config(speculative, draft_model, num_draft_tokens, acceptance, adaptive)
     texts = _read_prompts(prompts or [], chat, as_json)
     with output(as_json) as to:
         build = {
@@ -117,7 +133,7 @@ def generate(
         engine = open_engine(model, build)
         from ..runtime import LLM
 
-        with LLM(engine, kv_cache_bytes=parse_bytes(kv_cache_bytes, "--kv-cache-bytes")) as llm:
+        with LLM(engine, kv_cache_bytes=parse_bytes(kv_cache_bytes, "--kv-cache-bytes"), speculative=drafting) as llm:
             if texts is None:
                 _converse(llm, params)
                 return
@@ -156,6 +172,12 @@ def _run(llm: LLM, texts: Sequence[str], params: SamplingParams, *, chat: bool, 
         "seconds": seconds,
         "sampling": dataclasses.asdict(params),
     }
+    metrics = llm.stats().speculative
+    if metrics is not None:
+        to.document["speculative"] = metrics_facts(metrics)
+    line = acceptance_line(metrics)
+    if line is not None and not to.as_json:
+        err().print(line, style="dim", highlight=False)
     if not to.as_json:
         err().print(
             f"{num_tokens} tokens in {seconds:.2f} s, {num_tokens / seconds:.0f} tokens/s", style="dim", highlight=False

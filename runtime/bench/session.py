@@ -20,6 +20,7 @@ from .workload import BenchRequest, Workload, make_requests
 
 if TYPE_CHECKING:
     from ..llm import LLM
+    from ..speculative.config import SpeculativeConfig
 
 _LATENCY_STEPS_BEFORE_PROFILE = 4
 _PROFILED_BATCHES = 2
@@ -30,7 +31,7 @@ class Session:
     """Measures an engine.
 
     engine: a compiled engine. text_tokens: take prompts from these tokens instead of random ones. tell: called with a case's label,
-    the number of a repeat and its metrics. trace: file for the Chrome trace of a profile, or None.
+    the number of a repeat and its metrics. trace: file for the Chrome trace of a profile, or None. speculative: how the LLM drafts.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Session:
         text_tokens: Sequence[int] | None = None,
         tell: Callable[[str, int, Repeat], None] | None = None,
         trace: Path | None = None,
+        speculative: SpeculativeConfig | None = None,
     ) -> None:
         self.engine = engine
+        self._speculative = speculative
         self._text_tokens = text_tokens
         self._tell = tell or (lambda label, index, metrics: None)
         self._trace = trace
@@ -88,6 +91,8 @@ class Session:
         entries = []
         for rate in case.rates or (None,):
             entry = result_entry("camshaft", case.mode, self._timed_runs(case, rate), **facts)
+            if (metrics := llm.stats().speculative) is not None:
+                entry["speculative"] = dataclasses.asdict(metrics)
             if rate is not None:
                 entry |= {"request_rate": "inf" if math.isinf(rate) else rate, "slos": dict(case.slos)}
             entries.append(entry)
@@ -162,7 +167,7 @@ class Session:
             self.engine, max_sequences=case.max_sequences, max_batch_tokens=case.max_batch_tokens
         )
         policy: Any = case.policy
-        self._llm = LLM(recording, policy=policy, kv_cache_bytes=case.kv_cache_bytes)
+        self._llm = LLM(recording, policy=policy, kv_cache_bytes=case.kv_cache_bytes, speculative=self._speculative)
         self._recording = recording
         ready = time.perf_counter() - start
         low, _ = case.workload.input_len
