@@ -1,8 +1,9 @@
-"""What fp8 costs in quality: perplexity of one text under builds of one model that differ in precision.
+"""What quantization costs in quality: perplexity of one text under builds of one model that differ in precision.
 
 python bench/perplexity.py --device cuda --output bench/results/h200-perplexity.json
 
-The first variant is what the others are compared with. "plain": as the weights are; "fp8": linear layers; "kv8": KV cache.
+The first variant is what the others are compared with. "plain": as the weights are; "kv8": fp8 KV cache; any recipe's name: its
+linear layers; "NAME+kv8": both. Recipes that are calibrated take the demo model's own text, or --calibration.
 """
 
 from __future__ import annotations
@@ -17,22 +18,35 @@ from pathlib import Path
 from typing import Any
 
 from camshaft.models import demo
+from camshaft.passes.quantization.recipe import RECIPES
 from camshaft.runtime.bench.environment import git_commit, machine, package_versions
 from camshaft.runtime.bench.perplexity import document_tokens, perplexity
 
 import camshaft
 from camshaft import LLM
 
-VARIANTS: dict[str, dict[str, str]] = {
-    "plain": {},
-    "fp8": {"quantize": "fp8"},
-    "kv8": {"kv_cache_dtype": "fp8"},
-    "fp8+kv8": {"quantize": "fp8", "kv_cache_dtype": "fp8"},
-}
+UNCALIBRATED = tuple(name for name, recipe in RECIPES.items() if not recipe.calibrated)
+DEFAULT = ("plain", "kv8", "fp8+kv8", *UNCALIBRATED)
+
+
+def options_of(variant: str) -> dict[str, Any]:
+    """The options of `camshaft.compile` for a variant. Raises ValueError for an unknown one."""
+    options: dict[str, Any] = {}
+    for part in variant.split("+"):
+        if part == "kv8":
+            options["kv_cache_dtype"] = "fp8"
+        elif part in RECIPES:
+            options["quantize"] = part
+        elif part != "plain":
+            raise ValueError(f"variant {variant!r} is unknown; known: plain, kv8, {', '.join(RECIPES)}, joined by +")
+    return options
 
 
 def measure(name: str, args: argparse.Namespace, text: str) -> dict[str, Any]:
     """Builds one variant and scores the text."""
+    options = options_of(name)
+    if args.calibration is not None and options.get("quantize") in set(RECIPES) - set(UNCALIBRATED):
+        options["calibration"] = args.calibration.read_text(encoding="utf-8")
     engine = camshaft.compile(
         args.model,
         target=args.target,
@@ -41,7 +55,7 @@ def measure(name: str, args: argparse.Namespace, text: str) -> dict[str, Any]:
         max_seq_len=args.context + 2,
         max_sequences=args.max_sequences,
         max_batch_tokens=args.max_batch_tokens,
-        **VARIANTS[name],  # type: ignore[arg-type]
+        **options,
     )
     with LLM(engine, kv_cache_bytes=args.kv_cache_bytes) as llm:
         tokens = document_tokens(llm.tokenizer, text)[: args.max_tokens]
@@ -67,7 +81,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="Hugging Face directory, hub id, or demo")
     parser.add_argument("--text", type=Path, default=demo.heldout_path(), help="documents, separated by form feeds")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas")
+    parser.add_argument("--variants", default=",".join(DEFAULT), help="separated by commas")
+    parser.add_argument("--calibration", type=Path, help="text for recipes that need data")
     parser.add_argument("--target", default="auto")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
@@ -79,9 +94,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     names = args.variants.split(",")
-    unknown = [name for name in names if name not in VARIANTS]
-    if unknown:
-        parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    try:
+        for name in names:
+            options_of(name)
+    except ValueError as error:
+        parser.error(str(error))
     text = args.text.read_text(encoding="utf-8")
     results = []
     for name in names:
@@ -104,10 +121,10 @@ def main() -> None:
     }
     if args.output is not None:
         args.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"{'variant':10} {'perplexity':>11} {'ratio':>8} {'weights MB':>11}")
+    print(f"{'variant':20} {'perplexity':>11} {'ratio':>8} {'weights MB':>11}")
     for result in results:
         size = result["weights_bytes"] / 1e6
-        print(f"{result['variant']:10} {result['perplexity']:11.4f} {result['ratio']:8.4f} {size:11.1f}")
+        print(f"{result['variant']:20} {result['perplexity']:11.4f} {result['ratio']:8.4f} {size:11.1f}")
 
 
 if __name__ == "__main__":

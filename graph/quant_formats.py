@@ -62,9 +62,8 @@ def quantize_weight(
     """A float matrix [N, K] rounded to nearest, where it is.
 
     candidates: scales that are tried for each row, group or block, and the one with the least squared error is taken; 1: the scale
-    that max-abs gives, as the format's reference has it. importance: weight of the columns' squared errors [K], or for groups along K
-    the matrices B [K / g, g, g] of errors e B e^T; None: all alike.
-    global_scale []: of nvfp4, where it is known; None: from max-abs. Raises ValueError where groups do not divide K.
+    that max-abs gives, as the format's reference has it. importance: weight of the columns' squared errors [K], or for groups
+    along K the matrices B [K / g, g, g] of errors e B e^T; None: all alike. global_scale []: of nvfp4, where it is known; None: from max-abs. Raises ValueError where groups do not divide K.
     """
     parts = _empty_parts(weight_NK, format)
     if "global_scale" in parts:
@@ -233,7 +232,7 @@ def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 def _group_importance(importance: Tensor | None, wide_NK: Tensor, format: LinearFormat) -> Tensor | None:
-    """Weights of squared errors: of the groups' shape [A, B, g], or a matrix for each group along K [1, B, g, g]; None: all alike."""
+    """Weights of squared errors: of the groups' shape [A, B, g], or a matrix for each group along K [1, B, g, g]."""
     if importance is None:
         return None
     if importance.dim() == 3:
