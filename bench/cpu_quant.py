@@ -5,8 +5,8 @@
 Every variant is compiled for ONNX Runtime, serves in a process of its own and is measured alone. Shapes are those of
 `camshaft.models.random_weights` (random weights; rounded to bfloat16 but for "not bfloat16", as most checkpoints are stored), and
 "demo", the bundled model. Decode speed is that of the tokens after the first; a value is the median of --repeats generations, with
-the fastest and slowest. "sessions alone" has no native step: every token goes through ONNX Runtime. Memory is the process's resident
-set after the last generation, less that of the process before the model was opened.
+the fastest and slowest. "sessions alone" has no native step: every token goes through ONNX Runtime. Memory is the resident set of
+the process after the last generation, less what it was before the model was opened.
 """
 
 from __future__ import annotations
