@@ -5,7 +5,7 @@
     hq, hs = camshaft.quantize_rows(h)
 
 y [.., 2 I]; hq [.., I] float8_e4m3fn, hs [.., 1] float32. A gate whose result is read elsewhere too stays as it is. Runs behind
-quantize_fp8. Numerics: exact.
+quantize_linear. Numerics: exact.
 """
 
 from __future__ import annotations

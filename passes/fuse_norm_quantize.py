@@ -8,7 +8,7 @@
     xq, xs = camshaft.quantize_rows(n)
 
 x [.., C]; xq [.., C] float8_e4m3fn, xs [.., 1] float32, s = x + residual. A norm whose result is read elsewhere too (by a router)
-stays as it is. Runs behind quantize_fp8. Numerics: exact.
+stays as it is. Runs behind quantize_linear. Numerics: exact.
 """
 
 from __future__ import annotations
