@@ -228,8 +228,8 @@ class Sampler:
         if plan.ruled:
             ruled = [plan.states[i] for i in plan.ruled]
             histories = None
-            if drafted is not None and any(state.follows_words for state in ruled):
-                histories = drafted.histories(plan.ruled)
+            if drafted is not None:
+                histories = [drafted.history(i) if s.follows_words else () for i, s in zip(plan.ruled, ruled)]
             apply_token_rules(logits_RV, plan.ruled, ruled, num_outputs[plan.ruled].tolist(), histories)
         tokens = self._choose(logits_RV, plan, num_outputs, drafted)
         logprobs = None

@@ -92,6 +92,7 @@ class VerificationRows:
         self.at_R = at_R
         self._step = step
         self._requests: list[_Verified] = []
+        self._known: dict[int, int] = {}
         self.parents_R: Ints = np.full(at_R.shape[0], -1, dtype=np.int64)
         first = len(plan.decodes)
         for index, row in enumerate(plan.others, first):
@@ -103,6 +104,8 @@ class VerificationRows:
                 self._requests.append(_Verified(index, first, row, parents, step.index[row.request.request_id]))
                 above = np.arange(count) - 1 if parents is None else np.array(parents, dtype=np.int64)
                 self.parents_R[first + 1 : first + 1 + count] = first + 1 + above
+                drafts = row.request.draft_token_ids[:count]
+                self._known.update(zip(range(first + 1, first + 1 + count), drafts))
             first += 1 + count
         assert first == at_R.shape[0], f"{at_R.shape[0]} rows of logits; the plan has {first}"
         self._device = at_R.device
@@ -127,21 +130,14 @@ class VerificationRows:
         index = upload(np.concatenate(seen), self._device)
         return upload(np.concatenate(places), self._device), self.at_R.index_select(0, index)
 
-    def histories(self, rows: Sequence[int]) -> list[tuple[int, ...]]:
-        """The drafts that each row has in its history, in order, from the host's copy of the drafts."""
-        assert not self._step.on_device, "the values of these drafts are on the device"
-        by_row = {}
-        for item in self._requests:
-            for number, token in enumerate(item.row.request.draft_token_ids[: item.row.num_draft_tokens]):
-                by_row[item.first + 1 + number] = token
-        found = []
-        for row in rows:
-            history: list[int] = []
-            while self.parents_R[row] >= 0:
-                history.append(by_row[row])
-                row = int(self.parents_R[row])
-            found.append(tuple(reversed(history)))
-        return found
+    def history(self, row: int) -> tuple[int, ...]:
+        """The drafts that a row has in its history, in order, from the host's copy of the drafts."""
+        found: list[int] = []
+        while self.parents_R[row] >= 0:
+            assert not self._step.on_device, "the values of these drafts are on the device"
+            found.append(self._known[row])
+            row = int(self.parents_R[row])
+        return tuple(reversed(found))
 
     # --- how tokens are chosen ----------------------------------------------------------------------------------
 

@@ -1,0 +1,107 @@
+"""Draft lengths from measured acceptance and step times; deterministic, with made-up times."""
+
+import pytest
+from camshaft.runtime.speculative.adaptive import PROBE_EVERY, REST, Acceptance, AdaptiveLengths
+from camshaft.runtime.speculative.cost import KNOWN_FROM, StepCosts, token_bucket
+
+
+def measured(step_time, num_draft_tokens=5, rate=0.8, most_tokens=512):
+    """Lengths after every kind of step has been measured: `step_time(tokens, depth)` seconds."""
+    lengths = AdaptiveLengths(num_draft_tokens)
+    for depth in range(num_draft_tokens + 1):
+        for tokens in range(1, most_tokens):
+            if token_bucket(tokens) == tokens:
+                for _ in range(KNOWN_FROM):
+                    lengths.costs.observe(tokens, depth, step_time(tokens, depth))
+    for _ in range(100):
+        lengths.count("other", 10, round(10 * rate))
+    return lengths
+
+
+def memory_bound(tokens, depth):
+    return 1.0
+
+
+def compute_bound(tokens, depth):
+    return float(tokens)
+
+
+def test_buckets_are_fine_for_few_tokens():
+    assert [token_bucket(n) for n in (1, 7, 16, 17, 20, 21, 33, 64, 65, 512, 513)] == [
+        1, 7, 16, 20, 20, 24, 40, 64, 80, 512, 640,
+    ]  # fmt: skip
+
+
+def test_costs_are_medians_and_hopeful_where_nothing_is_known():
+    costs = StepCosts()
+    assert costs.estimate(8, 0) is None
+    for seconds in (9.0, 1.0, 1.0):  # the first compiled something
+        costs.observe(8, 0, seconds)
+    assert costs.estimate(8, 0) == costs.estimate(32, 3) == 1.0 and costs.estimate(7, 0) is None
+    assert costs.is_known(8, 0) and not costs.is_known(32, 3)
+    for _ in range(KNOWN_FROM):
+        costs.observe(16, 2, 3.0)
+    assert (
+        costs.estimate(32, 2) == 3.0 and costs.estimate(32, 1) == 1.0 and costs.table() == {(0, 8): 1.0, (2, 16): 3.0}
+    )
+
+
+def test_all_drafts_where_they_cost_nothing_and_none_where_they_cost_as_much():
+    assert measured(memory_bound).choose(["a", "b"], [5, 5], 0, 100) == [5, 5]
+    assert measured(compute_bound).choose(["a", "b"], [5, 5], 0, 100) == [0, 0]
+    assert measured(memory_bound).choose(["a", "b"], [5, 2], 3, 6) == [4, 2], "the budget goes to the likeliest"
+
+
+def test_lengths_fall_as_the_batch_grows():
+    def roofline(tokens, depth):
+        return max(1.0, tokens / 64) + 0.02 * depth
+
+    lengths = measured(roofline)
+    chosen = [lengths.choose(["r"] * size, [5] * size, 0, 512)[0] for size in (1, 8, 32, 64)]
+    assert chosen[0] >= 4 and chosen[-1] == 0 and chosen == sorted(chosen, reverse=True)
+
+
+def test_requests_get_what_their_own_acceptance_earns():
+    lengths = measured(lambda tokens, depth: 1.0 + 0.1 * tokens)
+    for _ in range(30):
+        lengths.count("good", 5, 5)
+        lengths.count("bad", 5, 0)
+    chosen = lengths.choose(["good", "bad"], [5, 5], 0, 100)
+    assert chosen[0] == 5 and chosen[1] == 0
+    assert lengths.acceptance_of("good") > 0.9 > 0.1 > lengths.acceptance_of("bad")
+    lengths.release("good")
+    assert lengths.acceptance_of("good") == lengths.acceptance
+
+
+def test_nothing_is_drafted_before_plain_steps_are_measured():
+    lengths = AdaptiveLengths(4)
+    assert lengths.choose(["a"], [4], 0, 100) == [0] and not lengths.rests()
+    for _ in range(KNOWN_FROM):
+        lengths.costs.observe(1, 0, 1.0)
+    assert lengths.choose(["a"], [4], 0, 100) == [4], "unknown steps are tried"
+
+
+def test_rest_and_probes_where_drafts_do_not_pay():
+    lengths = measured(lambda tokens, depth: 1.0 + 0.1 * tokens, rate=0.0)
+    num_probes = 0
+    for _ in range(PROBE_EVERY * 2):
+        chosen = lengths.choose(["a"], [5], 0, 100)
+        num_probes += chosen == [1]
+        assert chosen in ([0], [1])
+        assert [lengths.rests() for _ in range(REST)] == [True] * (REST - 1) + [False]
+    assert num_probes == 2
+    hopeless = measured(compute_bound)
+    assert all(hopeless.choose(["a"], [5], 0, 100) == [0] for _ in range(3 * PROBE_EVERY))
+
+
+def test_without_adaptation_everybody_gets_the_most_within_the_budget():
+    lengths = AdaptiveLengths(4, adaptive=False)
+    assert lengths.choose(["a", "b", "c"], [4, 2, 4], 0, 8) == [4, 2, 2] and not lengths.rests()
+
+
+def test_acceptance_estimates():
+    acceptance = Acceptance()
+    assert acceptance.rate(0.7) == pytest.approx(0.7)
+    for _ in range(200):
+        acceptance.count(4, 2)  # two accepted, the third tried
+    assert acceptance.rate(0.7) == pytest.approx(2 / 3, abs=0.01)

@@ -1,0 +1,43 @@
+"""The suffix automaton against a search by brute force, and the drafts that come of it."""
+
+import random
+
+import pytest
+from camshaft.runtime.speculative.ngram import repeat_draft
+from camshaft.runtime.speculative.suffix_automaton import SuffixAutomaton
+
+
+def longest_repeated(tokens):
+    """Length of the longest end of the text that also occurs earlier."""
+    for length in range(len(tokens) - 1, 0, -1):
+        end = tokens[-length:]
+        if any(tokens[i : i + length] == end for i in range(len(tokens) - length)):
+            return length
+    return 0
+
+
+@pytest.mark.parametrize("alphabet", [1, 2, 3, 10])
+def test_longest_repetition_and_its_place(alphabet):
+    rng = random.Random(alphabet)
+    for _ in range(20):
+        automaton, tokens = SuffixAutomaton(), []
+        for _ in range(60):
+            tokens.append(rng.randrange(alphabet))
+            automaton.extend(tokens[-1:])
+            length, end = automaton.repeated()
+            assert length == longest_repeated(tokens)
+            if length:
+                assert length <= end < len(tokens)
+                assert tokens[end - length : end] == tokens[-length:]
+        assert len(automaton) == 60
+
+
+def test_the_place_is_a_late_one():
+    automaton = SuffixAutomaton()
+    automaton.extend([1, 2, 7, 1, 2, 8, 1, 2])
+    assert automaton.repeated() == (2, 5)
+
+
+def test_drafts_repeat_periods():
+    assert repeat_draft([5, 6, 7, 5, 6], 2, 4) == [7, 5, 6, 7]
+    assert repeat_draft([4, 4, 4], 2, 3) == [4, 4, 4]
