@@ -63,8 +63,8 @@ def quantize_weight(
 
     candidates: scales that are tried for each row, group or block, and the one with the least squared error is taken; 1: the scale
     that max-abs gives, as the format's reference has it. importance: weight of the columns' squared errors [K], or for groups
-    along K the matrices B [K / g, g, g] of errors e B e^T; None: all alike. global_scale []: of nvfp4, where it is known; None: from
-    max-abs. Raises ValueError where groups do not divide K.
+    along K the matrices B [K / g, g, g] of errors e B e^T; None: all alike. global_scale []: of nvfp4, where it is known; None:
+    from max-abs. Raises ValueError where groups do not divide K.
     """
     parts = _empty_parts(weight_NK, format)
     if "global_scale" in parts:
