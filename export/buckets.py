@@ -63,9 +63,11 @@ class StepShape(NamedTuple):
     """Rows whose logits are computed."""
     decode: bool
     """Whether every sequence has one row."""
+    query_len: int = 0
+    """Of a step that verifies drafts: most rows of a sequence; 0 for all others."""
 
     def __str__(self) -> str:
-        kind = "decode" if self.decode else "mixed"
+        kind = "decode" if self.decode else "verification" if self.query_len else "mixed"
         return f"a {kind} step of {self.tokens} tokens, {self.sequences} sequences, {self.rows} rows of logits"
 
 
@@ -89,6 +91,25 @@ def mixed_sizes(max_batch_tokens: int) -> list[int]:
 
 MIXED_GRAPHS = 32
 """Most shapes of mixed steps that are captured; the rest are launched piece by piece. A service meets fewer as a rule."""
+
+
+VERIFY_QUERY_LEN = 33
+"""Most rows of a sequence in a step that verifies drafts: the last known token and 32 of them."""
+VERIFY_GRAPHS = 48
+"""Most shapes of such steps that are captured."""
+VERIFY_SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of tokens in them, all sequences together; larger ones are launched piece by piece."""
+
+
+def verify_shape(
+    num_tokens: int, num_sequences: int, query_len: int, max_sequences: int, max_batch_tokens: int
+) -> StepShape | None:
+    """The shape that a step which verifies drafts is captured in, with the logits of all rows; None for too large a one."""
+    if num_tokens > VERIFY_SIZES[-1] or query_len > VERIFY_QUERY_LEN:
+        return None
+    sequences = min(1 << (num_sequences - 1).bit_length(), max_sequences)
+    tokens = min(bucket_of(VERIFY_SIZES, max(num_tokens, sequences)), max_batch_tokens)
+    return StepShape(tokens, sequences, tokens, False, min(tokens, 8 if query_len <= 8 else VERIFY_QUERY_LEN))
 
 
 def row_sizes(max_sequences: int) -> list[int]:

@@ -6,6 +6,7 @@ A graph launches a whole step in one call, so a step costs the device's time ins
                                                    them when they have been needed often; until then the next larger one serves
     mixed    T rows of S sequences, R rows sampled captured when the same shape comes a second time; the first launch, piece by
                                                    piece, has compiled its kernels and opened its engines; at most MIXED_GRAPHS
+    verify   as mixed, few rows, all of them sampled   likewise; at most VERIFY_GRAPHS
 
 A step runs in the smallest shape that holds it. What it lacks has no rows and writes nothing:
 
@@ -25,7 +26,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .buckets import MIXED_GRAPHS, StepShape, bucket_of, decode_sizes, mixed_sizes, row_sizes
+from .buckets import (
+    MIXED_GRAPHS,
+    VERIFY_GRAPHS,
+    VERIFY_SIZES,
+    StepShape,
+    bucket_of,
+    decode_sizes,
+    mixed_sizes,
+    row_sizes,
+    verify_shape,
+)
 from .executor import StepContext
 from .kernels.errors import and_kernel_errors, reason_of
 
@@ -84,6 +95,9 @@ class StepGraphs:
         self._lens, self._starts = zeros(most, dtype=torch.int32), zeros(most + 1, dtype=torch.int32)
         self._sample_rows = zeros(sizes.padded("R", most), dtype=torch.int64)
         self._logits: Tensor | None = None
+        self._verify_rows: Tensor | None = None
+        self._verify_logits: Tensor | None = None
+        """As the two above, of steps that verify drafts: more rows, made when the first is captured."""
         self._pool: Any = None
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._uses: Counter[StepShape] = Counter()
@@ -110,10 +124,12 @@ class StepGraphs:
         )  # fmt: skip
 
     def shape_of(self, batch: Any) -> StepShape | None:
-        """The shape that a runtime Batch runs in; None for one that is never captured (more rows of logits than sequences)."""
+        """The shape that a runtime Batch runs in; None for one that is never captured (the logits of prompts)."""
         count, tokens, rows = batch.seq_lens.shape[0], batch.token_ids.shape[0], batch.sample_rows.shape[0]
         if batch.max_query_len == 1 and tokens == rows == count <= self.decode_sizes[-1]:
             return _decode(bucket_of(self.decode_sizes, count))
+        if rows > count and count <= self._row_sizes[-1] and tokens <= self._mixed_sizes[-1]:
+            return verify_shape(tokens, count, batch.max_query_len, self._row_sizes[-1], self._mixed_sizes[-1])
         if count > self._row_sizes[-1] or rows > count or tokens > self._mixed_sizes[-1]:
             return None
         sequences = bucket_of(self._row_sizes, count)
@@ -126,15 +142,16 @@ class StepGraphs:
             return None
         self._fill(batch, shape)
         self._graphs[shape].replay()
-        assert self._logits is not None
-        return self._logits[: batch.sample_rows.shape[0]]
+        _, logits = self._outputs(shape)
+        assert logits is not None
+        return logits[: batch.sample_rows.shape[0]]
 
     def _captured(self, batch: Any) -> StepShape | None:
         """The shape with a graph that a batch runs in; captures one if it is time to."""
         shape = self.shape_of(batch)
         if shape is None or shape in self._graphs:
             return shape
-        if not shape.decode and self._is_full():
+        if not shape.decode and self._is_full(shape):
             return None
         self._uses[shape] += 1
         larger = (
@@ -148,14 +165,24 @@ class StepGraphs:
             return shape
         return min(larger, default=None)
 
-    def _is_full(self) -> bool:
-        """Whether no further mixed step is captured; says so once."""
-        if sum(not shape.decode for shape in self._graphs) < MIXED_GRAPHS:
+    def _is_full(self, shape: StepShape) -> bool:
+        """Whether no further step of the kind is captured; says so once."""
+        most = VERIFY_GRAPHS if shape.query_len else MIXED_GRAPHS
+        if sum(not s.decode and bool(s.query_len) == bool(shape.query_len) for s in self._graphs) < most:
             return False
         if not self._told_full:
             self._told_full = True
-            logger.info("%d shapes of mixed steps are captured; further ones are launched piece by piece", MIXED_GRAPHS)
+            logger.info("%d shapes of mixed steps are captured; further ones are launched piece by piece", most)
         return True
+
+    def _outputs(self, shape: StepShape) -> tuple[Tensor, Tensor | None]:
+        """The buffers of a shape's sample rows and logits; the latter come with the first capture."""
+        if not shape.query_len:
+            return self._sample_rows, self._logits
+        if self._verify_rows is None:
+            rows = max(self._sizes.padded("R", size) for size in VERIFY_SIZES)
+            self._verify_rows = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        return self._verify_rows, self._verify_logits
 
     # ---------------------------------------------------------------------------------------------------------- capture
     def _capture(self, shape: StepShape) -> bool:
@@ -181,19 +208,26 @@ class StepGraphs:
     def _record(self, shape: StepShape, graph: torch.cuda.CUDAGraph) -> None:
         for slots in self._slots:
             slots.fill_(-1)
-        for metadata in (self._lens, self._starts, self._sample_rows):
+        sample_rows, _ = self._outputs(shape)
+        for metadata in (self._lens, self._starts, sample_rows):
             metadata.zero_()  # no sequence has rows: the trial run writes nothing
         values, context = self._inputs(shape)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             logits = self._launch(values, context)  # compiles kernels and opens engines, which a capture cannot
         self._stream.synchronize()
-        if self._logits is None:
-            self._logits = logits.new_zeros(self._sample_rows.shape[0], logits.shape[1])
+        if self._outputs(shape)[1] is None:
+            made = logits.new_zeros(sample_rows.shape[0], logits.shape[1])
+            if shape.query_len:
+                self._verify_logits = made
+            else:
+                self._logits = made
+        result = self._outputs(shape)[1]
+        assert result is not None
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # thread_local: what other threads ask of CUDA meanwhile is no part of the capture, and does not end it
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._logits[: values["sample_rows"].shape[0]].copy_(self._launch(values, context))
+            result[: values["sample_rows"].shape[0]].copy_(self._launch(values, context))
 
     def _inputs(self, shape: StepShape) -> tuple[dict[str, Tensor], StepContext]:
         """The part of the buffers that a shape reads."""
@@ -201,12 +235,12 @@ class StepGraphs:
         values = {
             "token_ids": self._tokens[None, :tokens],
             "positions": self._positions[None, :tokens],
-            "sample_rows": self._sample_rows[:rows],
+            "sample_rows": self._outputs(shape)[0][:rows],
         }
         context = StepContext(
             [(slots[:tokens], tables[: shape.sequences]) for slots, tables in zip(self._slots, self._tables)],
             self._starts[: shape.sequences + 1], self._lens[: shape.sequences],
-            1 if shape.decode else shape.tokens, self._limits.max_seq_len,
+            1 if shape.decode else shape.query_len or shape.tokens, self._limits.max_seq_len,
         )  # fmt: skip
         return values, context
 
@@ -215,7 +249,8 @@ class StepGraphs:
     def _fill(self, batch: Any, shape: StepShape) -> None:
         """Copies a batch into the graphs' buffers."""
         count, tokens, rows = batch.seq_lens.shape[0], batch.token_ids.shape[0], batch.sample_rows.shape[0]
-        into = [self._tokens[:tokens], self._positions[:tokens], self._sample_rows[:rows]]
+        sample_rows, _ = self._outputs(shape)
+        into = [self._tokens[:tokens], self._positions[:tokens], sample_rows[:rows]]
         into += [slots[:tokens] for slots in self._slots]
         slots_in = [group.slot_mapping for group in batch.groups]
         torch._foreach_copy_(into, [batch.token_ids, batch.positions, batch.sample_rows, *slots_in])
@@ -231,7 +266,7 @@ class StepGraphs:
                 slots[tokens:padded].fill_(-1)
         padded = self._sizes.padded("R", shape.rows)
         if rows < padded:
-            self._sample_rows[rows:padded].zero_()
+            sample_rows[rows:padded].zero_()
 
 
 def _decode(size: int) -> StepShape:

@@ -15,6 +15,7 @@ from camshaft.export.buckets import (
     mixed_sizes,
     row_sizes,
     varying_size,
+    verify_shape,
 )  # fmt: skip
 from camshaft.export.choose import plan_for
 from camshaft.export.engine import Engine
@@ -44,6 +45,15 @@ def test_sizes_of_captured_steps() -> None:
     assert all(b - a <= max(64, b / 8) for a, b in zip(sizes, sizes[1:]))
     assert mixed_sizes(100) == [64, 100] and mixed_sizes(20) == [20]
     assert row_sizes(256) == [8, 64, 256] and row_sizes(5) == [5]
+    assert verify_shape(5, 1, 5, 64, 512) == (6, 1, 6, False, 6) and verify_shape(90, 15, 6, 64, 512) == (
+        96,
+        16,
+        96,
+        False,
+        8,
+    )
+    assert verify_shape(20, 3, 11, 3, 512) == (24, 3, 24, False, 24) and verify_shape(300, 64, 5, 64, 512) is None
+    assert verify_shape(40, 1, 40, 64, 512) is None and verify_shape(49, 9, 6, 9, 50) == (50, 9, 50, False, 8)
 
 
 def test_default_buckets() -> None:

@@ -15,7 +15,7 @@ from camshaft.export.kernels import errors
 from families import random_model, tiny_config
 
 import camshaft
-from camshaft import LLM, SamplingParams
+from camshaft import LLM, SamplingParams, SpeculativeConfig
 
 
 class _Replay:
@@ -24,7 +24,11 @@ class _Replay:
 
     def replay(self) -> None:
         values, context = self._inputs
-        self._graphs._logits = self._graphs._launch(values, context)
+        logits = self._graphs._launch(values, context)
+        if self._shape.query_len:
+            self._graphs._verify_logits = logits
+        else:
+            self._graphs._logits = logits
         self._graphs.replayed.append(self._shape)
 
 
@@ -76,6 +80,19 @@ def test_replayed_steps_give_the_same_tokens(engine: Engine) -> None:
         assert {shape.decode for shape in graphs.replayed} == {True, False}
         assert set(graphs.replayed) == set(graphs.shapes)
         assert {shape.sequences for shape in graphs.shapes} <= {1, 2, 4, 6, 8}
+
+
+def test_steps_that_verify_drafts_are_captured(engine: Engine) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=5 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    with LLM(engine) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, params)]
+    drafting = SpeculativeConfig(method="ngram", adaptive=False, ngram_min=1)
+    with LLM(engine, enable_prefix_cache=False, speculative=drafting) as llm:
+        graphs = OnCpu.of(engine)
+        for _ in range(3):
+            assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
+        shapes = [shape for shape in graphs.replayed if shape.query_len]
+        assert shapes and all(shape.rows == shape.tokens and shape.query_len <= 8 for shape in shapes)
 
 
 def test_a_failed_capture_is_launched_piece_by_piece(engine: Engine) -> None:
