@@ -1,7 +1,7 @@
 """Prefill of fresh prompts on a GPU: our kernels and torch's own, checked against float32 and timed; for `gpu_attention.py`.
 
 A candidate takes q [T, H, D], k, v [T, KV, D] and the rows where sequences start. Ours writes the cache as well: "attention us"
-is its time less that of the write. Times are sustained: the mean of the second half of `SUSTAINED_S` seconds without a pause.
+is its time less that of the write. cuDNN's ragged attention is not among them: torch 2.11 cannot capture it in a CUDA graph. Times are sustained: the mean of the second half of `SUSTAINED_S` seconds without a pause.
 """
 
 from __future__ import annotations
@@ -87,14 +87,6 @@ class Prompts:
             scale=self.scale,
         )[0]  # fmt: skip
 
-    def cudnn(self) -> torch.Tensor:
-        """cuDNN over ragged rows. It wants rows without gaps, and builds its plan anew in every call that is not replayed."""
-        q, k, v = self.q.contiguous(), self.k.contiguous(), self.v.contiguous()
-        return torch.ops.aten._cudnn_attention_forward(
-            q, k, v, None, self.starts, self.starts, self.max_len, self.max_len, False, 0.0, True, False,
-            scale=self.scale,
-        )[0]  # fmt: skip
-
     def cudnn_dense(self) -> torch.Tensor:
         """cuDNN over prompts of one length, as a batch: what a ragged kernel could reach."""
         if len(set(self.lengths)) > 1:
@@ -126,7 +118,6 @@ def candidates(prompts: Prompts) -> Iterator[tuple[str, Fresh, Callable[[], torc
         name = " ".join([f"fresh {m}x{n} w{warps} s{stages} p{programs}", *(f"r{count}" for count in registers)])
         yield name, tiles, lambda tiles=tiles: prompts.paged(tiles)
     yield "flash-attention 2", None, prompts.flash
-    yield "cudnn ragged", None, prompts.cudnn
     yield "cudnn dense", None, prompts.cudnn_dense
 
 
