@@ -422,12 +422,12 @@ class ServingCore:
                 sample.cumulative_logprob += float(values.logprobs[n])
 
     def _keep_prompt_logprobs(self, plan: StepPlan, index: int, values: TokenLogprobs) -> None:
-        request, start = plan.request(index), plan.others[index - len(plan.decodes)].start
+        request, first = plan.request(index), plan.others[index - len(plan.decodes)].first_logit_row
         entry = self._owner(request)
         if entry is None:
             return
         for n in range(len(values.logprobs)):
-            position = start + n + 1
+            position = first + n + 1
             entry[0].prompt_logprobs[position] = self._logprob_dict(
                 values, n, request.prompt_token_ids[position], request.params.prompt_logprobs or 0
             )

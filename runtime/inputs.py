@@ -91,6 +91,11 @@ class InputChecker:
                 f"the prompt has {len(ids)} tokens and max_seq_len is {self._max_seq_len}; allowed: at most "
                 f"{self._max_seq_len - 1}, so that one token can follow. Shorten it or raise max_seq_len"
             )
+        if params.prompt_logprobs_start >= len(ids):
+            raise ValueError(
+                f"prompt_logprobs_start is {params.prompt_logprobs_start} and the prompt has {len(ids)} tokens; allowed: 0 to "
+                f"{len(ids) - 1}"
+            )
         return CheckedInput(text, ids, self._complete(params))
 
     def _spread(

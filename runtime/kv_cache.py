@@ -110,9 +110,12 @@ class KVCacheManager:
         A full group needs all blocks of the prefix, a window group those that the token after it attends.
         """
         empty = PrefixMatch(0, tuple([] for _ in self.groups))
-        if not self.enable_prefix_cache or not request.uses_prefix_cache or request.needs_prompt_logits:
+        if not self.enable_prefix_cache or not request.uses_prefix_cache:
             return empty
-        length = (request.num_tokens - 1) // self._alignment * self._alignment
+        most = request.num_tokens - 1
+        if request.needs_prompt_logits:
+            most = min(most, request.first_logit_row)
+        length = most // self._alignment * self._alignment
         for index in self._full:
             length = self._longest_full_hit(request, index, length)
         length = self._longest_window_hit(request, length)

@@ -75,7 +75,7 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[TokenLogprobDict | None] | None = None
-    """One entry per prompt token, the first None; None unless asked for."""
+    """One entry per prompt token, None for the first and for those before `prompt_logprobs_start`; None unless asked for."""
 
     @property
     def text(self) -> str:

@@ -78,10 +78,15 @@ class ScheduledRequest(NamedTuple):
     num_draft_tokens: int = 0
     """How many of request.draft_token_ids are among them, from the first."""
     num_logit_rows: int = 1
-    """Rows of logits wanted, counted from the last: 0 none, 1 the last, 1 + drafts when verifying, all num_tokens
-    when prompt_logprobs are asked for. A preempted prompt is delivered again from its first row."""
+    """Rows of logits wanted, counted from the last: 0 none, 1 the last, 1 + drafts when verifying, those from the
+    request's `first_logit_row` on when prompt_logprobs are asked for. A preempted prompt is delivered again from there."""
     samples: bool = True
     """Whether tokens are sampled: the step reaches the request's last token."""
+
+    @property
+    def first_logit_row(self) -> int:
+        """The position of the first row whose logits are wanted."""
+        return self.start + self.num_tokens - self.num_logit_rows
 
 
 _row = partial(tuple.__new__, ScheduledRequest)

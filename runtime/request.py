@@ -140,8 +140,13 @@ class Request:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """Whether logits of all prompt rows are wanted; once a token was sampled they have all been delivered."""
+        """Whether logits of prompt rows are wanted, from `first_logit_row` on; once a token was sampled all were delivered."""
         return self.params.prompt_logprobs is not None and not self.output_token_ids
+
+    @property
+    def first_logit_row(self) -> int:
+        """The first prompt row whose logits are wanted, where `needs_prompt_logits`: it predicts the token behind it."""
+        return max(0, self.params.prompt_logprobs_start - 1)
 
     @property
     def uses_prefix_cache(self) -> bool:

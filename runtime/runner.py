@@ -47,7 +47,7 @@ class StepResult:
     outcomes: list[Outcome] = field(default_factory=list)
     """What became of the drafts of the requests that had some."""
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    """Index -> log-probabilities of the prompt tokens start + 1 ... that follow the computed rows."""
+    """Index -> log-probabilities of the prompt tokens first_logit_row + 1 ... that follow the computed rows."""
     failed: list[int] = field(default_factory=list)
     """Indices whose logits had no finite maximum; their token is a placeholder."""
     failed_prompts: dict[int, int] = field(default_factory=dict)
@@ -200,8 +200,8 @@ class Runner:
             found = TokenLogprobs(*values[len(parts) * n : len(parts) * (n + 1)])
             undefined = np.flatnonzero(np.isnan(found.logprobs))
             if len(undefined):
-                start = step.plan.others[index - len(step.plan.decodes)].start
-                result.failed_prompts[index] = start + int(undefined[0])
+                first = step.plan.others[index - len(step.plan.decodes)].first_logit_row
+                result.failed_prompts[index] = first + int(undefined[0])
             else:
                 result.prompt_logprobs[index] = found
         if step.pending is None:
@@ -288,7 +288,7 @@ class Runner:
         """Row p of a prompt predicts token p + 1; the last row predicts the first output token, which is sampled."""
         request, num_top = row.request, row.request.params.prompt_logprobs
         assert num_top is not None and not row.num_draft_tokens
-        targets: Sequence[int] = request.prompt_token_ids[row.start + 1 : row.start + row.num_tokens + 1]
+        targets: Sequence[int] = request.prompt_token_ids[row.first_logit_row + 1 : row.start + row.num_tokens + 1]
         if targets:
             tokens = upload(np.array(targets, dtype=np.int64), logits.device)
             step.prompts.append((index, token_logprobs(logits[: len(targets)], tokens, num_top)))

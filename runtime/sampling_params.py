@@ -60,7 +60,9 @@ class SamplingParams:
     logprobs: int | None = None
     """How many log-probabilities to return per output token besides the token's own, >= 0; None returns none."""
     prompt_logprobs: int | None = None
-    """The same per prompt token, >= 0; asking for it skips the prefix cache, since every prompt row is computed."""
+    """The same per prompt token, >= 0; every prompt row from `prompt_logprobs_start` on is computed, the prefix cache aside."""
+    prompt_logprobs_start: int = 0
+    """The first prompt token that `prompt_logprobs` are returned for, >= 0; what precedes it may come from the prefix cache."""
     detokenize: bool = True
     """Whether text is made of the tokens."""
     skip_special_tokens: bool = True
@@ -99,6 +101,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None:
                 _check_int(name, value, 0, ", or None for none")
+        _check_int("prompt_logprobs_start", self.prompt_logprobs_start, 0)
         for name in ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: True or False")

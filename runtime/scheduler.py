@@ -204,7 +204,7 @@ class Scheduler(Queues):
         samples = start + num_new == request.num_tokens
         num_logit_rows = 1 + num_drafts if samples else 0
         if request.needs_prompt_logits:
-            num_logit_rows = num_tokens
+            num_logit_rows = max(num_logit_rows, min(num_tokens, start + num_tokens - request.first_logit_row))
         rows.append(ScheduledRequest(request, start, num_tokens, num_drafts, num_logit_rows, samples))
         self._running.planned[index] = 0 if num_drafts else num_tokens
         step.spare -= num_tokens
@@ -266,7 +266,8 @@ class Scheduler(Queues):
         self._num_prefilling += 1
         if request.num_preemptions == 0:
             request.num_cached_tokens = num_cached_tokens
-        if self.config.enable_prefix_cache and request.uses_prefix_cache and not request.needs_prompt_logits:
+        all_rows = request.needs_prompt_logits and request.first_logit_row == 0
+        if self.config.enable_prefix_cache and request.uses_prefix_cache and not all_rows:
             self._num_queried_tokens += request.num_tokens
             self._num_hit_tokens += num_cached_tokens
         return index

@@ -201,6 +201,20 @@ def test_logprobs(make, tokenizer_path):
     assert [e for p in streamed for e in p.logprobs] == output.logprobs
 
 
+def test_prompt_logprobs_from_a_start_on(make):
+    llm = make(max_batch_tokens=8, max_sequences=4)
+    prompt = list(range(20, 40))
+    everything = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))[0]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, prompt_logprobs_start=14)
+    for _ in range(2):
+        output = llm.generate([prompt], params)[0]
+        assert output.metrics.num_cached_tokens == 12  # the blocks of 4 tokens before row 13, which predicts token 14
+        assert output.prompt_logprobs[:14] == [None] * 14
+        assert output.prompt_logprobs[14:] == everything.prompt_logprobs[14:]
+    with pytest.raises(ValueError, match="prompt_logprobs_start is 14 and the prompt has 3 tokens; allowed: 0 to 2"):
+        llm.generate([[1, 2, 3]], params)
+
+
 def test_bad_words_in_both_spellings(make, tokenizer_path):
     llm = make(tokenizer_path=tokenizer_path)
     checked = llm._checker.check("x", SamplingParams(bad_words=["fox"]))

@@ -384,6 +384,22 @@ def test_prompt_logprobs_want_all_rows_and_no_cached_prefix() -> None:
     assert plan.scheduled == ((b, 9, 1, 0, 1, True),)
 
 
+def test_prompt_logprobs_of_a_later_start_take_what_precedes_it_from_the_cache() -> None:
+    scheduler = make(max_batch_tokens=6)
+    prompt = list(range(16))
+    add(scheduler, "a", 0, prompt=prompt, max_tokens=1)
+    drain(scheduler)
+    b = add(scheduler, "b", 0, prompt=prompt, prompt_logprobs=0, prompt_logprobs_start=7)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.scheduled == ((b, 4, 6, 0, 4, False),)  # blocks of 4 tokens; row 6 predicts token 7
+    assert plan.scheduled[0].first_logit_row == 6
+    scheduler.update(plan, [[]])
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.scheduled == ((b, 10, 6, 0, 6, True),)
+
+
 def test_prompt_rows_are_delivered_once_a_token_was_sampled() -> None:
     """b is preempted after its prompt was delivered: it comes back on its cached blocks, with one row of logits."""
     scheduler = make(num_blocks=4)
