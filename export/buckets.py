@@ -97,7 +97,7 @@ VERIFY_QUERY_LEN = 33
 """Most rows of a sequence in a step that verifies drafts: the last known token and 32 of them."""
 VERIFY_GRAPHS = 48
 """Most shapes of such steps that are captured."""
-VERIFY_SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+VERIFY_SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Rows of tokens in them, all sequences together; larger ones are launched piece by piece."""
 
 

@@ -5,8 +5,9 @@ best n drafts of a step are the first n, so for every depth and every n
 
     tokens per second = (requests + sum of the first n probabilities) / time of a step of (requests + n) tokens, measured
 
-and the best wins (cf. Liu et al. 2024, "goodput"). Where no draft pays there are none. Then acceptance is not measured any more,
-so from time to time it is probed, unless drafts would not pay even if all were accepted.
+and the best wins (cf. Liu et al. 2024, "goodput"). Where no draft pays there are none, and nobody asks for a while. What is not
+done is not measured either, and load changes, so it is tried again: drafts after a number of rests that doubles each time in vain
+(one each, unless drafts would not pay even if all were accepted), a step without drafts now and then.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ FIRST_GUESS = 0.7
 """Acceptance before anything is known."""
 REST = 16
 """Steps that nobody is drafted for once drafts do not pay, until the question is asked again."""
-PROBE_EVERY = 8
-"""Rests after which some drafts are tried again."""
+PROBE_AFTER, PROBE_AFTER_MOST = 4, 128
+"""Rests after which drafts are tried again, at first and after many attempts in vain."""
+PLAIN_EVERY = 128
+"""Steps with drafts after which there is one without."""
 MIN_GAIN = 1.02
 """Drafts have to promise that much more tokens per second than none: estimates are noisy."""
 
@@ -65,6 +68,8 @@ class AdaptiveLengths:
         self._requests: dict[str, Acceptance] = {}
         self._num_rests = 0
         self._resting = 0
+        self._probe_after = PROBE_AFTER
+        self._num_drafted = 0
 
     @property
     def acceptance(self) -> float:
@@ -100,12 +105,22 @@ class AdaptiveLengths:
         lengths = self._best(request_ids, limits, num_others, budget, base_s)
         if any(lengths):
             self._num_rests = 0
+            self._num_drafted += 1
+            if self._num_drafted % PLAIN_EVERY == 0:
+                return [0] * len(limits)
+            if self._num_drafted > PLAIN_EVERY:
+                self._probe_after = PROBE_AFTER  # it has paid for long
             return lengths
+        self._num_drafted = 0
         self._num_rests += 1
         self._resting = REST
-        if self._num_rests >= PROBE_EVERY and self._could_pay(limits, num_others, base_s):
+        if self._num_rests >= self._probe_after:
             self._num_rests = 0
-            return _shared_out([min(limit, 1) for limit in limits], budget)
+            self._probe_after = min(2 * self._probe_after, PROBE_AFTER_MOST)
+            self.costs.forget_drafts()
+            if self._could_pay(limits, num_others, base_s):
+                self._resting = 0
+                return _shared_out([min(limit, 1) for limit in limits], budget)
         return lengths
 
     def rests(self) -> bool:

@@ -47,6 +47,12 @@ class StepCosts:
         if self._counts[key] >= KNOWN_FROM:
             self._estimates[key] = sorted(samples)[len(samples) // 4]
 
+    def forget_drafts(self) -> None:
+        """Forgets the times of steps with drafts: load and lengths have changed since, and they are to be tried again."""
+        for times in (self._samples, self._estimates):
+            for key in [key for key in times if key[0]]:
+                del times[key]  # type: ignore[attr-defined]
+
     def estimate(self, num_tokens: int, depth: int) -> float | None:
         """Seconds of a step; None while nothing like it or smaller is known."""
         bucket = token_bucket(num_tokens)

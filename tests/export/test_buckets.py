@@ -52,7 +52,7 @@ def test_sizes_of_captured_steps() -> None:
         False,
         8,
     )
-    assert verify_shape(20, 3, 11, 3, 512) == (24, 3, 24, False, 24) and verify_shape(300, 64, 5, 64, 512) is None
+    assert verify_shape(20, 3, 11, 3, 512) == (24, 3, 24, False, 24) and verify_shape(513, 64, 9, 64, 1024) is None
     assert verify_shape(40, 1, 40, 64, 512) is None and verify_shape(49, 9, 6, 9, 50) == (50, 9, 50, False, 8)
 
 

@@ -1,7 +1,7 @@
 """Draft lengths from measured acceptance and step times; deterministic, with made-up times."""
 
 import pytest
-from camshaft.runtime.speculative.adaptive import PROBE_EVERY, REST, Acceptance, AdaptiveLengths
+from camshaft.runtime.speculative.adaptive import PLAIN_EVERY, PROBE_AFTER, REST, Acceptance, AdaptiveLengths
 from camshaft.runtime.speculative.cost import KNOWN_FROM, StepCosts, token_bucket
 
 
@@ -81,17 +81,28 @@ def test_nothing_is_drafted_before_plain_steps_are_measured():
     assert lengths.choose(["a"], [4], 0, 100) == [4], "unknown steps are tried"
 
 
-def test_rest_and_probes_where_drafts_do_not_pay():
+def test_rests_and_probes_where_drafts_do_not_pay():
     lengths = measured(lambda tokens, depth: 1.0 + 0.1 * tokens, rate=0.0)
-    num_probes = 0
-    for _ in range(PROBE_EVERY * 2):
+    probes = []
+    for number in range(6 * PROBE_AFTER + 1):
         chosen = lengths.choose(["a"], [5], 0, 100)
-        num_probes += chosen == [1]
         assert chosen in ([0], [1])
-        assert [lengths.rests() for _ in range(REST)] == [True] * (REST - 1) + [False]
-    assert num_probes == 2
-    hopeless = measured(compute_bound)
-    assert all(hopeless.choose(["a"], [5], 0, 100) == [0] for _ in range(3 * PROBE_EVERY))
+        if chosen == [1]:
+            probes.append(number)
+            lengths.count("a", 1, 0)
+            for depth in range(1, 6):
+                for _ in range(KNOWN_FROM):
+                    lengths.costs.observe(1 + depth, depth, 1.1 + 0.1 * depth)
+            assert not lengths.rests()
+        else:
+            assert [lengths.rests() for _ in range(REST)] == [True] * (REST - 1) + [False]
+    assert probes == [PROBE_AFTER - 1, 3 * PROBE_AFTER - 1], "twice as long each time in vain"
+
+
+def test_one_step_in_many_is_plain_to_measure_it():
+    lengths = measured(memory_bound)
+    chosen = [lengths.choose(["a"], [5], 0, 100) for _ in range(2 * PLAIN_EVERY)]
+    assert chosen.count([0]) == 2 and chosen.count([5]) == 2 * PLAIN_EVERY - 2
 
 
 def test_without_adaptation_everybody_gets_the_most_within_the_budget():
