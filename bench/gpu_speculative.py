@@ -157,7 +157,7 @@ def measure(llm: Any, batch: int, length: int, repeats: int) -> dict[str, Any]:
     rng = random.Random(batch)
     speeds, accepted = [], 0.0
     for repeat in range(repeats + 1):  # the first captures graphs, and learns
-        prompts = [[rng.randrange(3, 120_000) for _ in range(128)] for _ in range(batch)]
+        prompts = [[rng.randrange(3, llm.engine.vocab_size) for _ in range(128)] for _ in range(batch)]
         before = llm.stats().times
         outputs = llm.generate(prompts, params, progress=False)
         times = llm.stats().times

@@ -17,7 +17,7 @@ _WINDOW = 8
 _FIRST = 2
 """Steps of a kind that are left out at its beginning."""
 KNOWN_FROM = 4
-"""Steps of a kind from which it counts as measured."""
+"""Steps of a kind from which it counts as measured. One is not enough: a draft model may have had to catch up in it."""
 
 
 def token_bucket(num_tokens: int) -> int:
@@ -44,7 +44,7 @@ class StepCosts:
             return
         samples = self._samples.setdefault(key, deque(maxlen=_WINDOW))
         samples.append(seconds)
-        if self._counts[key] >= KNOWN_FROM:
+        if len(samples) >= KNOWN_FROM - _FIRST:
             self._estimates[key] = sorted(samples)[len(samples) // 4]
 
     def forget_drafts(self) -> None:

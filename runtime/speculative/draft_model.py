@@ -102,7 +102,7 @@ class DraftModelProposer:
         drawn = [self._is_drawn(target) for target in targets]
         q_SKV = None
         if any(drawn) and not self._exact:
-            q_SKV = torch.zeros(len(targets), width, self._vocab_size, device=self._device)
+            q_SKV = torch.empty(len(targets), width, self._vocab_size, device=self._device)
         self._make_rows(len(targets))
         places = np.arange(len(targets))
         chosen = self._choose(targets, self._catch_up(targets), 0, places, drawn, q_SKV)

@@ -224,6 +224,9 @@ class VerificationRows:
         rows = np.where(inside, np.array([item.first + 1 for item in self._requests])[:, None] + np.arange(width), 0)
         above = np.where(inside, self.parents_R[rows], 0)
         chains = all(item.parents is None for item in self._requests)
+        if chains and self._device.type == "cpu":  # where NumPy takes a tenth of the time
+            same = (self.at_R.numpy()[rows] == tokens_R.numpy()[above]) & inside
+            return torch.from_numpy(np.cumprod(same, axis=1, dtype=np.int64).sum(1))
         numbers = np.zeros_like(rows)
         if not chains:
             numbers = np.where(inside, above - np.array([item.first for item in self._requests])[:, None], 0)
