@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, bisect, build, demo, doctor, export, generate, inspect
+from . import bench, bisect, build, demo, doctor, evaluate, export, generate, inspect
 from .common import err
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.add_typer(bench.app, name="bench")
+app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 app.command(epilog=bisect.EXAMPLES)(bisect.bisect)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)

@@ -287,14 +287,15 @@ def quantize_options(quantize: str | None, group: int | None, calibration: Path 
         from ..passes.quantization.recipe import Recipe
 
         try:
-            recipe = Recipe.from_json(json.loads(_text(Path(quantize), "--quantize")))
+            recipe = Recipe.from_json(json.loads(read_text(Path(quantize), "--quantize")))
         except json.JSONDecodeError as error:
             raise ValueError(f"--quantize {quantize} is not JSON ({error})") from error
-    text = None if calibration is None else _text(calibration, "--calibration")
+    text = None if calibration is None else read_text(calibration, "--calibration")
     return {"quantize": recipe, "group": group, "calibration": text}
 
 
-def _text(path: Path, option: str) -> str:
+def read_text(path: Path, option: str) -> str:
+    """A file's text. Raises ValueError, naming the option, for one that cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ measure.py    all at once, one by one              profile.py      what the devi
 load.py       at a rate                            roofline.py     what it could do at best
 peer.py       runs of Transformers                 document.py     the JSON document, and two of them side by side
 statistics.py percentiles, median and spread       report.py       documents as a page, with charts.py
-environment.py  versions, machine, commit
+environment.py  versions, machine, commit           page.py         HTML in one file
 
 All but peer.py import torch only where they use it.
 """

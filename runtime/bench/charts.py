@@ -79,6 +79,52 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: s
     return _svg(_WIDTH, _HEIGHT, parts) + legend([line.name for line in series])
 
 
+@dataclass(frozen=True)
+class Bubble:
+    """A circle at (x, y) with its name beside it; its area is in proportion to `size`, None: a small one of no meaning."""
+
+    name: str
+    x: float
+    y: float
+    size: float | None = None
+    note: str = ""
+    """More of it, shown with the pointer on the circle."""
+
+
+def bubble_chart(title: str, bubbles: Sequence[Bubble], *, x_label: str, y_label: str) -> str:
+    """Named circles over two linear axes; x begins at zero, y at zero or below."""
+    x_ticks = ticks(0.0, 1.15 * max(bubble.x for bubble in bubbles))
+    y_ticks = ticks(min(0.0, *(bubble.y for bubble in bubbles)), 1.1 * max(0.0, *(bubble.y for bubble in bubbles)))
+    largest = max((bubble.size or 0.0 for bubble in bubbles), default=0.0) or 1.0
+
+    def place(x: float) -> float:
+        return _LEFT + x / x_ticks[-1] * (_WIDTH - _LEFT - _RIGHT)
+
+    def height(y: float) -> float:
+        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [_text(_LEFT, 18, title, weight="bold")]
+    for tick in y_ticks:
+        parts.append(_line(_LEFT, height(tick), _WIDTH - _RIGHT, height(tick), "#e0e0e0"))
+        parts.append(_text(_LEFT - 6, height(tick) + 4, compact(tick), anchor="end"))
+    for tick in _apart(x_ticks, place):
+        parts.append(_text(place(tick), _HEIGHT - _BOTTOM + 16, compact(tick), anchor="middle"))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, anchor="middle"))
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    parts.append(f'<g transform="rotate(-90 14 {middle:.1f})">{_text(14, middle, y_label, anchor="middle")}</g>')
+    for index, bubble in enumerate(bubbles):
+        x, y = place(bubble.x), height(bubble.y)
+        radius = 4.0 if bubble.size is None else max(3.0, 16 * math.sqrt(bubble.size / largest))
+        tip = html.escape(f"{bubble.name}: {compact(bubble.x)}, {compact(bubble.y)} {bubble.note}".rstrip())
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{COLOURS[index % len(COLOURS)]}" fill-opacity="0.6">'
+            f"<title>{tip}</title></circle>"
+        )
+        parts.append(_text(x, y - radius - 3, bubble.name, anchor="middle"))
+    return _svg(_WIDTH, _HEIGHT, parts)
+
+
 def stacked_bars(
     title: str, bars: Sequence[tuple[str, Mapping[str, float]]], *, unit: str, parts: Sequence[str]
 ) -> str:

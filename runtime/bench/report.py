@@ -13,18 +13,13 @@ from typing import Any
 
 from .charts import Series, compact, line_chart, stacked_bars
 from .document import label_of
+from .page import html_table, page
 from .profile import CLASS_NAMES
 from .roofline import latency_ceiling, peaks_of, shape_of, throughput_ceiling
 
 Document = Mapping[str, Any]
 Named = Sequence[tuple[str, Document]]
 
-_STYLE = (
-    "body{font-family:system-ui,sans-serif;max-width:960px;margin:24px auto;padding:0 16px;color:#222}"
-    "table{border-collapse:collapse;font-size:13px;margin:8px 0 20px 0}td,th{padding:3px 10px;border-bottom:1px solid #ddd}"
-    "td:not(:first-child),th:not(:first-child){text-align:right}h2{margin-top:34px;font-size:18px}"
-    ".pair{display:flex;flex-wrap:wrap;gap:12px}.note{color:#666;font-size:12px}"
-)
 _LATENCIES = (("ttft_ms", "time to first token"), ("tpot_ms", "time per output token"), ("e2e_ms", "end to end"))
 
 
@@ -41,11 +36,7 @@ def report_html(documents: Named) -> str:
         ("Start-up", _start_up(documents)),
         ("Conditions", _conditions(documents)),
     ]
-    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Camshaft: measurements</title>'
-        f"<style>{_STYLE}</style></head><body><h1>Measurements</h1>{body}</body></html>\n"
-    )
+    return page("Camshaft: measurements", "Measurements", sections)
 
 
 def _entries(documents: Named) -> Iterator[tuple[str, Document, Mapping[str, Any]]]:
@@ -67,12 +58,6 @@ def _span(summary: Mapping[str, float] | None) -> str:
     if summary["min"] == summary["max"]:
         return compact(summary["median"])
     return f"{compact(summary['median'])} ({compact(summary['min'])} - {compact(summary['max'])})"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{lines}</table>"
 
 
 def ceiling_of(document: Document, result: Mapping[str, Any]) -> float | None:
@@ -121,7 +106,7 @@ def _results(documents: Named) -> str:
         )  # fmt: skip
     columns = ["", "mode", "requests", "output tokens/s", "TTFT p50, ms", "TPOT p50, ms", "ceiling", "reached"]
     note = "Median (min - max) of the repeats; batch 1 without the prompt. The ceiling is that of docs/performance.md."
-    return _table(columns, rows) + f'<p class="note">{note}</p>'
+    return html_table(columns, rows) + f'<p class="note">{note}</p>'
 
 
 def _throughput(documents: Named) -> str:
@@ -206,7 +191,7 @@ def _profiles(documents: Named) -> str:
             f"{html.escape(name)}: {profile['num_steps']} steps, busy {profile['busy_share']:.1%}, "
             f"{profile['timed_step_ms']:.3f} ms a step without the profiler"
         )
-        table = _table(["kernel", "class", "ms per step", "of the span", "calls"], rows)
+        table = html_table(["kernel", "class", "ms per step", "of the span", "calls"], rows)
         tables.append(f"<details><summary>{title}</summary>{table}</details>")
     if not bars:
         return ""
@@ -223,7 +208,7 @@ def _start_up(documents: Named) -> str:
         seconds = {**document.get("opened", {}), **document["results"][0].get("start_up", {})}
         if seconds:
             rows.append([name, *(f"{seconds[key]:.2f}" if key in seconds else "-" for key in names)])
-    return _table(["seconds", *names.values()], rows) if rows else ""
+    return html_table(["seconds", *names.values()], rows) if rows else ""
 
 
 def _conditions(documents: Named) -> str:
@@ -240,4 +225,4 @@ def _conditions(documents: Named) -> str:
             ]
         )  # fmt: skip
     commands = "".join(f"<li><code>{html.escape(document['command'])}</code></li>" for _, document in documents)
-    return _table(["", "model", "machine", "versions", "commit", "date"], rows) + f"<ul>{commands}</ul>"
+    return html_table(["", "model", "machine", "versions", "commit", "date"], rows) + f"<ul>{commands}</ul>"

@@ -164,7 +164,7 @@ class CamshaftLM(LM):  # type: ignore[misc, unused-ignore]
 def rolling_windows(tokens: Sequence[int], prefix: int, limit: int) -> list[TokenPair]:
     """Pairs whose continuations are a text's tokens, each once, with prompts of at most `limit` tokens.
 
-        prefix | t0 t1 t2        t2 | t3 t4 t5        t3 t4 t5 | t6        limit 4: the last context reaches back as far as it can
+    prefix | t0 t1 t2        t2 | t3 t4 t5        t3 t4 t5 | t6        limit 4: the last context reaches back as far as it can
     """
     pairs, size = [], limit - 1
     for begin in range(0, len(tokens), size):
