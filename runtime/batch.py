@@ -68,6 +68,10 @@ class Batch:
     max_seq_len: int
     num_decodes: int = 0
     """Leading sequences with exactly one token: all that decode without drafts. (A prompt's last token may come later.)"""
+    tree_mask: torch.Tensor | None = None
+    """[T] int64, None where no sequence verifies a token tree. 0: the row attends its context and, as usual, the rows before it.
+    Otherwise bit j says whether it attends row j of its own sequence (itself included); the context in front of the sequence's
+    rows is always attended. Keys of a tree are at the slots of their rows, and `positions` are those of their depths."""
 
     @property
     def num_tokens(self) -> int:
@@ -204,12 +208,17 @@ class BatchBuilder:
         specs: list[Spec] = [((tokens,), long), ((tokens,), long), ((len(layout.sample_rows),), long)]
         specs += [((tokens,), long)] * num_groups + [((sources,), long), ((seqs + 1,), short), ((seqs,), short)]
         specs += [((seqs, width), short)] * num_groups
+        trees = drafts is not None and drafts.drafts.parents is not None
+        specs += [((tokens,), long)] * trees
         arrays = self._transfer.open(specs)
         token_ids, positions, sample_rows, *slots = arrays[: 3 + num_groups]
-        source, query_start, seq_lens, *tables = arrays[3 + num_groups :]
+        source, query_start, seq_lens, *tables = arrays[3 + num_groups : 6 + 2 * num_groups]
         self._write_tokens(plan, token_ids, known=in_flight is None)
         positions[:], sample_rows[:], query_start[:] = layout.positions, layout.sample_rows, layout.query_start
         seq_lens[:] = layout.seq_lens
+        if trees and drafts is not None:
+            arrays[-1][:] = 0
+            _write_trees(plan, drafts, positions, arrays[-1])
         source[:] = self._sampled_at[table_rows[:sources]]
         block, offset = np.divmod(layout.positions, self.block_size)
         token_rows = table_rows[layout.sequence]
@@ -225,9 +234,9 @@ class BatchBuilder:
             _feed(sent[0][:sources], in_flight, None if identity else sent[3 + num_groups])
         if drafts is not None and drafts.on_device:
             self._write_drafts(plan, sent[0], drafts)
-        groups = tuple(map(GroupMetadata, sent[3 : 3 + num_groups], sent[6 + num_groups :]))
+        groups = tuple(map(GroupMetadata, sent[3 : 3 + num_groups], sent[6 + num_groups : 6 + 2 * num_groups]))
         batch = Batch(sent[0], sent[1], groups, sent[4 + num_groups], sent[5 + num_groups], sent[2],
-                      layout.max_query_len, max_seq_len, layout.num_decodes)  # fmt: skip
+                      layout.max_query_len, max_seq_len, layout.num_decodes, sent[-1] if trees else None)  # fmt: skip
         small = not plan.others and num_decodes <= _REPEAT_SEQUENCES and self.device.type == "cpu"
         repeats = small and in_flight is None and self._knows_all_blocks(plan.decodes)
         self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if repeats else None
@@ -340,6 +349,25 @@ class _Layout:
         self.max_query_len = int(nums.max())
         longer = np.flatnonzero(nums != 1)
         self.num_decodes = int(longer[0]) if len(longer) else len(nums)
+
+
+def _write_trees(plan: StepPlan, drafts: StepDrafts, positions: Ints, mask: Ints) -> None:
+    """Writes the depths of trees into [T] positions, and what their rows attend into [T] mask."""
+    end = len(plan.decodes)
+    for row in plan.others:
+        end += row.num_tokens
+        if not row.num_draft_tokens:
+            continue
+        parents = drafts.parents(row)
+        assert parents is not None
+        first = end - row.num_tokens
+        root = end - row.num_draft_tokens - 1
+        for index in range(first, root + 1):  # tokens that are only caught up on, and the last known one
+            mask[index] = (2 << (index - first)) - 1
+        for node, parent in enumerate(parents):
+            index, above = root + 1 + node, root + 1 + parent
+            positions[index] = positions[above] + 1
+            mask[index] = mask[above] | (1 << (index - first))
 
 
 def _feed(token_ids: torch.Tensor, in_flight: torch.Tensor, source: torch.Tensor | None) -> None:

@@ -156,7 +156,7 @@ class Runner:
         logits = self.engine.step(batch)
         self._check(logits, batch)
         step = LaunchedStep(plan)
-        kept = self._choose_rows(step, logits)
+        kept = self._choose_rows(step, logits, drafts)
         if plan.has_drafts:
             assert drafts is not None and self.speculative is not None, "a plan with drafts goes with their proposal"
             rows = batch.sample_rows if kept is None else batch.sample_rows.index_select(0, kept)
@@ -245,7 +245,7 @@ class Runner:
         expected = (batch.sample_rows.shape[0], self.engine.vocab_size)
         assert logits.shape == expected, f"the engine gave logits {tuple(logits.shape)}; expected {expected}"
 
-    def _choose_rows(self, step: LaunchedStep, logits: torch.Tensor) -> torch.Tensor | None:
+    def _choose_rows(self, step: LaunchedStep, logits: torch.Tensor, drafts: StepDrafts | None) -> torch.Tensor | None:
         """The rows that are sampled, and on the way the log-probabilities of prompts; which of the rows of logits they are, on
         the device, or None for all of them.
 
@@ -266,7 +266,10 @@ class Runner:
                 rows = 1 + row.num_draft_tokens
                 end = row.start + row.num_tokens - row.request.num_prompt_tokens
                 states += [self._states[row.request.request_id]] * rows
-                more += range(end - rows + 1, end + 1)
+                if drafts is not None and row.num_draft_tokens:
+                    more += [end - rows + 1 + depth for depth in drafts.depths(row)]
+                else:
+                    more.append(end)
             step.states = states
             step.num_outputs = np.concatenate((step.num_outputs, np.array(more, dtype=np.int64)))
         kept = None

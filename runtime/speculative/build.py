@@ -15,6 +15,7 @@ from .proposer import Proposer, ProposerContext
 
 _PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {"ngram": NgramProposer, "draft": DraftModelProposer}
 """Proposers that come with the package, by method."""
+_CHAINS = ("ngram", "draft")
 _SAME_LIMITS = ("max_seq_len", "max_sequences", "max_batch_tokens", "block_size")
 """Build options that a draft model which is compiled for an LLM takes from the target."""
 
@@ -24,6 +25,8 @@ def make_proposer(config: SpeculativeConfig, engine: Engine, draft_engine: Engin
     context = ProposerContext(config=config, engine=engine, draft_engine=draft_engine)
     if config.proposer is not None:
         return config.proposer(context)
+    if config.tree is not None and config.method in _CHAINS:
+        raise ValueError(f"method {config.method!r} drafts chains and tree is {config.tree!r}; leave out the tree")
     if config.method not in _PROPOSERS:
         raise ValueError(
             f"method {config.method!r} has no proposer for this engine; allowed: {', '.join(sorted(_PROPOSERS))}, custom"

@@ -67,6 +67,10 @@ class SpeculativeConfig:
             assert math.isfinite(value)
         self._check_sources()
         if self.tree is not None:
+            if self.adaptive:
+                raise ValueError(
+                    "tree is given and adaptive is True; lengths adapt for chains alone: set adaptive=False"
+                )
             object.__setattr__(self, "tree", check_tree(self.tree, self.num_draft_tokens))
 
     @staticmethod

@@ -47,7 +47,8 @@ class Target:
     """All its tokens are known, and all but the last are computed. Its blocks have room for `num_drafts` more."""
     state: SamplingState
     num_drafts: int
-    """Most tokens to draft, >= 1; fewer, or none, are legal. For a tree: its depth."""
+    """Most tokens to draft, >= 1; fewer, or none, are legal. For a tree: most nodes, those of the config's tree or the first of
+    them."""
 
 
 @dataclass(slots=True)

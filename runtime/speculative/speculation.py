@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -23,6 +24,9 @@ from .config import SpeculativeConfig
 from .metrics import SpeculativeMetrics
 from .proposer import Drafts, Proposer, Target, Verified
 from .verification import Outcome, StepDrafts
+
+MAX_TREE_NODES = 48
+"""Most drafts of a tree: a row's mask has 64 bits, and tokens to catch up on may come first."""
 
 
 class Speculation:
@@ -84,6 +88,8 @@ class Speculation:
             return None
         drafts = self.proposer.propose(targets)
         self._check(targets, drafts)
+        if drafts.parents is not None:
+            self._check_trees(drafts)
         if isinstance(drafts.token_ids, torch.Tensor) and (
             self._on_host or any(target.state.follows_words for target in targets)
         ):
@@ -107,13 +113,26 @@ class Speculation:
             return []
         limits = [request.max_total_tokens - request.num_tokens - 1 for request in ready]
         budget = scheduler.config.max_batch_tokens - decoding
-        chosen = self.lengths.choose([r.request_id for r in ready], limits, decoding - len(ready), budget)
+        if self.config.tree is None:
+            chosen = self.lengths.choose([r.request_id for r in ready], limits, decoding - len(ready), budget)
+        else:
+            chosen = self._trees(self.config.tree, limits, budget)
         targets = []
         for request, wanted in zip(ready, chosen):
             room = scheduler.reserve_drafts(request, wanted) if wanted else 0
             if room:
                 targets.append(Target(request, self._runner.state(request.request_id), room))
         return targets
+
+    @staticmethod
+    def _trees(tree: Sequence[Sequence[int]], limits: Sequence[int], budget: int) -> list[int]:
+        """Nodes for each request: the whole tree, or none where it does not fit the step or the text's length."""
+        chosen = []
+        for limit in limits:
+            fits = len(tree) <= min(limit, budget)
+            chosen.append(len(tree) if fits else 0)
+            budget -= chosen[-1]
+        return chosen
 
     def _check(self, targets: Sequence[Target], drafts: Drafts) -> None:
         """What the runtime relies on. Raises ValueError."""
@@ -137,6 +156,21 @@ class Speculation:
                     f"{target.request.request_id!r}; allowed: as many token ids, from 0 to {self._vocab_size - 1}"
                 )
 
+    def _check_trees(self, drafts: Drafts) -> None:
+        """Raises ValueError for trees that the engine or the verification cannot take."""
+        assert drafts.parents is not None
+        name = type(self.proposer).__name__
+        if not getattr(self._runner.engine, "takes_tree_masks", False):
+            raise ValueError(f"{name} drafts trees, and the engine's attention takes no tree masks; draft chains")
+        if any(drafts.drawn):
+            raise ValueError(f"{name} gave trees of drawn drafts; allowed: certain ones, such as the likeliest tokens")
+        for parents, length in zip(drafts.parents, drafts.lengths):
+            if any(not -1 <= parent < node for node, parent in enumerate(parents[:length])) or length > MAX_TREE_NODES:
+                raise ValueError(
+                    f"{name} gave a tree with the parents {list(parents)}; allowed: at most {MAX_TREE_NODES} nodes, each "
+                    "behind its parent, -1 for the last known token"
+                )
+
     # --- results ------------------------------------------------------------------------------------------------
 
     def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, updates: Sequence[RequestUpdate]) -> None:
@@ -149,14 +183,28 @@ class Speculation:
             metrics = self._metrics.get(request.request_id)
             if metrics is None or not num_tokens:
                 continue  # it ended meanwhile
-            num_drafts, num_accepted = row.num_draft_tokens, len(outcome.nodes)
+            num_drafts, num_accepted = outcome.depth, len(outcome.nodes)
             counted = min(num_accepted, num_tokens)  # it may have ended inside the drafts
             for counts in (metrics, self.totals):
                 counts.count(num_drafts, counted, num_tokens)
             self.lengths.count(request.request_id, num_drafts, num_accepted)
             verified.append(Verified(request, num_drafts, num_accepted))
+            if not request.is_finished:
+                self._keep_path(request, row.start + row.num_tokens - row.num_draft_tokens, outcome.nodes)
         if verified:
             self.proposer.observe(verified)
+
+    def _keep_path(self, request: Request, first: int, nodes: Sequence[int]) -> None:
+        """Moves keys and values of accepted drafts of a tree to where the next tokens of a text belong: first, first + 1 ..."""
+        moved = [(first + node, first + place) for place, node in enumerate(nodes) if node != place]
+        if not moved:
+            return
+        engine: Any = self._runner.engine
+        size = engine.block_size
+        for group, blocks in enumerate(request.block_ids):
+            slots = [[blocks[at // size] * size + at % size for at in pair] for pair in moved]
+            source, destination = zip(*(pair for pair in slots if min(pair) >= 0))
+            engine.copy_slots(group, list(source), list(destination))
 
     def begin_step(self, *, follows: bool) -> None:
         """A step begins; `follows`: one is in flight, so the device is busy."""

@@ -45,6 +45,16 @@ class StepDrafts:
             return None
         return tuple(self.drafts.parents[self.index[row.request.request_id]][: row.num_draft_tokens])
 
+    def depths(self, row: ScheduledRequest) -> list[int]:
+        """Depth of each row of logits of a row of a plan: 0 of the last known token, and those of the drafts."""
+        parents = self.parents(row)
+        if parents is None:
+            return list(range(1 + row.num_draft_tokens))
+        depths = [0]
+        for parent in parents:
+            depths.append(1 + depths[parent + 1])
+        return depths
+
     def sources(self, rows: Sequence[ScheduledRequest]) -> Ints:
         """Where the drafts that these rows verify are in the flattened [S, K] tensor of tokens."""
         assert isinstance(self.drafts.token_ids, torch.Tensor)
@@ -63,6 +73,8 @@ class Outcome:
     """Rows of logits whose tokens came out: the last known token's and those of the accepted drafts."""
     nodes: tuple[int, ...]
     """Numbers of the accepted drafts, from 0."""
+    depth: int
+    """Most drafts that could have been accepted: all of a chain, the depth of a tree."""
 
 
 class _Verified:
@@ -256,6 +268,9 @@ class VerificationRows:
                 nodes.append(node)
                 node = node - 1 if item.parents is None else item.parents[node]
             nodes.reverse()
+            if item.parents is not None:  # for the scheduler, a tree's drafts are those of the accepted path
+                drafts = item.row.request.draft_token_ids
+                item.row.request.draft_token_ids = [drafts[node] for node in nodes]
             path = (item.first, *(item.first + 1 + node for node in nodes))
-            found.append(Outcome(item.index, path, tuple(nodes)))
+            found.append(Outcome(item.index, path, tuple(nodes), max(self._step.depths(item.row))))
         return found

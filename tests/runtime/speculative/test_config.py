@@ -20,13 +20,17 @@ from ..small_tokenizers import byte_level, save
         ({"method": "ngram", "num_draft_tokens": 0}, "num_draft_tokens is 0; allowed: integers from 1 to 32"),
         ({"method": "ngram", "num_draft_tokens": True}, "num_draft_tokens is True"),
         ({"method": "ngram", "acceptance": "greedy"}, "acceptance is 'greedy'; allowed: rejection, exact, typical"),
+        ({"method": "ngram", "tree": ((0,),)}, "lengths adapt for chains alone: set adaptive=False"),
         ({"method": "ngram", "ngram_min": 0}, "ngram_min is 0"),
         ({"method": "ngram", "adaptive": 1}, "adaptive is 1; allowed: True or False"),
         ({"method": "ngram", "typical_epsilon": 0.0}, r"typical_epsilon is 0.0; allowed: numbers in \(0, 1\]"),
-        ({"method": "ngram", "tree": ()}, "tree is"),
-        ({"method": "ngram", "tree": ((0, 0),)}, r"path \(0, 0\) and not \(0,\)"),
-        ({"method": "ngram", "tree": ((1,),)}, r"path \(1,\) and not \(0,\)"),
-        ({"method": "ngram", "num_draft_tokens": 1, "tree": ((0,), (0, 0))}, "1 to num_draft_tokens=1 choices"),
+        ({"method": "ngram", "adaptive": False, "tree": ()}, "tree is"),
+        ({"method": "ngram", "adaptive": False, "tree": ((0, 0),)}, r"path \(0, 0\) and not \(0,\)"),
+        ({"method": "ngram", "adaptive": False, "tree": ((1,),)}, r"path \(1,\) and not \(0,\)"),
+        (
+            {"method": "ngram", "adaptive": False, "num_draft_tokens": 1, "tree": ((0,), (0, 0))},
+            "1 to num_draft_tokens=1 choices",
+        ),
     ],
 )
 def test_bad_configs(fields, message):
@@ -35,7 +39,7 @@ def test_bad_configs(fields, message):
 
 
 def test_trees_are_sorted_by_depth():
-    config = SpeculativeConfig(method="ngram", tree=[[0, 0], [1], [0]])
+    config = SpeculativeConfig(method="ngram", adaptive=False, tree=[[0, 0], [1], [0]])
     assert config.tree == ((0,), (1,), (0, 0))
 
 
@@ -67,7 +71,9 @@ def test_methods_without_a_proposer():
     engine = FakeEngine()
     with pytest.raises(ValueError, match="method 'self' has no proposer for this engine; allowed: draft"):
         LLM(engine, speculative=SpeculativeConfig(method="self"))
-    with LLM(engine):  # the failed LLM has let go of it
+    with pytest.raises(ValueError, match="method 'ngram' drafts chains and tree is"):
+        LLM(engine, speculative=SpeculativeConfig(method="ngram", adaptive=False, tree=((0,), (1,))))
+    with LLM(engine):  # the failed LLMs have let go of it
         pass
 
 
