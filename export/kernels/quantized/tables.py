@@ -28,11 +28,17 @@ class Choice:
 
 
 INT4_TABLE = (
-    Choice(rows=16, columns=4096, config=Tile(block_n=64, block_k=128, splits=4, stages=6, scale_sums=True)),
-    Choice(rows=16, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, stages=6, scale_sums=True)),
-    Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=128, stages=6, scale_sums=True)),
-    Choice(rows=64, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True, scale_sums=True)),
-    Choice(rows=256, columns=_ANY, config=Tile(block_n=128, block_k=128, warps=8, weight_left=True, scale_sums=True)),
+    Choice(rows=1, columns=4096, config=Tile(block_n=128, block_k=128, splits=8, scale_sums=True)),
+    Choice(rows=16, columns=4096, config=Tile(block_n=64, block_k=256, splits=4, weight_left=True)),
+    Choice(rows=32, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True, scale_sums=True)),
+    Choice(rows=16, columns=_ANY, config=Tile(block_n=128, block_k=128, scale_sums=True)),
+    Choice(rows=32, columns=_ANY, config=Tile(block_n=64, block_k=128, splits=2, weight_left=True, scale_sums=True)),
+    Choice(rows=64, columns=4096, config=Tile(block_n=64, block_k=128, splits=2, weight_left=True, scale_sums=True)),
+    Choice(rows=64, columns=8192, config=Tile(block_n=64, block_k=128, weight_left=True, scale_sums=True)),
+    Choice(rows=64, columns=_ANY, config=Tile(block_n=128, block_k=64, weight_left=True, scale_sums=True)),
+    Choice(rows=128, columns=4096, config=Tile(block_n=64, block_k=128, weight_left=True, scale_sums=True)),
+    Choice(rows=128, columns=8192, config=None),
+    Choice(rows=128, columns=_ANY, config=Tile(block_n=128, block_k=128, weight_left=True, scale_sums=True)),
     Choice(rows=_ANY, columns=_ANY, config=None),
 )
 """int4."""
@@ -45,11 +51,13 @@ FP4_TABLE = (
 )
 """e2m1: nvfp4 and mxfp4."""
 BYTE_TABLE = (
-    Choice(rows=16, columns=4096, config=Tile(block_n=64, block_k=128, splits=4, scale_sums=True)),
-    Choice(rows=16, columns=8192, config=Tile(block_n=64, block_k=128, splits=2, scale_sums=True)),
-    Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=128, scale_sums=True)),
-    Choice(rows=64, columns=8192, config=Tile(block_n=64, block_k=128, splits=2, weight_left=True, scale_sums=True)),
-    Choice(rows=256, columns=_ANY, config=Tile(block_n=128, block_k=64, weight_left=True, scale_sums=True)),
+    Choice(rows=64, columns=4096, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
+    Choice(rows=32, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
+    Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=128, weight_left=True)),
+    Choice(rows=64, columns=8192, config=Tile(block_n=128, block_k=128, splits=4, weight_left=True)),
+    Choice(rows=128, columns=4096, config=Tile(block_n=64, block_k=128, weight_left=True)),
+    Choice(rows=128, columns=8192, config=Tile(block_n=128, block_k=128, warps=8, weight_left=True)),
+    Choice(rows=128, columns=_ANY, config=Tile(block_n=128, block_k=64, weight_left=True, scale_sums=True)),
     Choice(rows=_ANY, columns=_ANY, config=None),
 )
 """int8 and fp8."""
