@@ -114,12 +114,16 @@ def accepted_lengths(engine: Any, configs: dict[str, SpeculativeConfig], tokeniz
 
 
 def speeds(
-    engine: Any, configs: dict[str, SpeculativeConfig | None], texts: dict[str, list[list[int]]], repeats: int
+    engine: Any,
+    configs: dict[str, SpeculativeConfig | None],
+    texts: dict[str, list[list[int]]],
+    batches: list[int],
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Output tokens per second, methods in turns within each repeat, each after a first run of other prompts."""
     rows = []
     for text, prompts in texts.items():
-        for batch in (1, 4, 16):
+        for batch in batches:
             times: dict[str, list[float]] = {name: [] for name in configs}
             for _ in range(repeats):
                 for name, config in configs.items():
@@ -173,6 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu-speculative.json"))
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer", action="store_true")
@@ -197,7 +202,7 @@ def main() -> None:
     prompts = held_out(args.prompts, tokenizer, 100)
     document: dict[str, Any] = {
         "command": f"python bench/speculative.py --prompts {args.prompts} --repeats {args.repeats} --threads {args.threads}"
-        f" --target {args.target}" + " --peer" * args.peer,
+        f" --target {args.target} --batches {' '.join(map(str, args.batches))}" + " --peer" * args.peer,
         "versions": {"camshaft": camshaft.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": platform.processor() or platform.machine(), "native_step": engine.native_step,
     }  # fmt: skip
@@ -207,7 +212,7 @@ def main() -> None:
     for name, entry in document["acceptance"].items():
         print(f"{name:50} {entry['mean_accepted_length']:.2f}", flush=True)
     texts = {"held-out text": held_out(16, tokenizer, 200, seed=2), "repetitive code": code(tokenizer) * 3}
-    document["speed"] = speeds(engine, timed, texts, args.repeats)
+    document["speed"] = speeds(engine, timed, texts, args.batches, args.repeats)
     if args.peer:
         document["transformers"] = transformers_peer(texts["held-out text"])
         print(json.dumps({"transformers": document["transformers"]}), flush=True)

@@ -238,17 +238,8 @@ class BatchBuilder:
         batch = Batch(sent[0], sent[1], groups, sent[4 + num_groups], sent[5 + num_groups], sent[2],
                       layout.max_query_len, max_seq_len, layout.num_decodes, sent[-1] if trees else None)  # fmt: skip
         small = not plan.others and num_decodes <= _REPEAT_SEQUENCES and self.device.type == "cpu"
-        repeats = small and in_flight is None and self._knows_all_blocks(plan.decodes)
-        self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if repeats else None
+        self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if small and in_flight is None else None
         return batch
-
-    def _knows_all_blocks(self, requests: Sequence[Request]) -> bool:
-        """Whether the tables hold every block of these requests: some may have been taken ahead, for drafts."""
-        return all(
-            self._known[group, self._rows[request.request_id]] == len(request.block_ids[source])
-            for request in requests
-            for group, source in enumerate(self._sources)
-        )
 
     def _write_tokens(self, plan: StepPlan, token_ids: Ints, *, known: bool) -> None:
         num_decodes = len(plan.decodes)
@@ -286,6 +277,14 @@ class BatchBuilder:
             rows = [known_rows[request.request_id] for request in plan.decodes]
             self._decodes, self._decode_rows = plan.decodes, np.array(rows, dtype=np.int64)
         rows_D = self._decode_rows
+        if (
+            len(rows_D) <= _REPEAT_SEQUENCES
+        ):  # all blocks, those taken ahead for drafts, too: the batch may be filled in again
+            for group, source in enumerate(self._sources):
+                for request, row in zip(plan.decodes, rows_D.tolist()):
+                    if len(request.block_ids[source]) > self._known[group, row]:
+                        self._learn(group, request, row)
+            return rows_D
         for group, known in enumerate(self._known):
             for i in np.flatnonzero(known[rows_D] * self.block_size <= plan.starts).tolist():
                 self._learn(group, plan.decodes[i], int(rows_D[i]))
