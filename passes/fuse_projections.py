@@ -62,7 +62,8 @@ def _note_apart(program: Program, groups: list[tuple[fx.Node, bool, object]]) ->
     stored = Counter((x, biased) for x, biased, form in groups if form is not None)
     count = sum(1 for number in stored.values() if number > 1)
     if count:
-        line = f"stored weights: layers with one input stay apart in {count} place(s): formats, scales of the input or orders differ"
+        what = "formats, scales of the input or orders differ"
+        line = f"stored weights: layers with one input stay apart in {count} place(s): {what}"
         program.info = {**program.info, "notes": (*program.info.get("notes", ()), line)}
 
 
