@@ -1,7 +1,8 @@
 """Prefill of fresh prompts on a GPU: our kernels and torch's own, checked against float32 and timed; for `gpu_attention.py`.
 
 A candidate takes q [T, H, D], k, v [T, KV, D] and the rows where sequences start. Ours writes the cache as well: "attention us"
-is its time less that of the write. cuDNN's ragged attention is not among them: torch 2.11 cannot capture it in a CUDA graph. Times are sustained: the mean of the second half of `SUSTAINED_S` seconds without a pause.
+is its time less that of the write. Times are sustained: the mean of the second half of `SUSTAINED_S` seconds without a pause.
+cuDNN's attention over ragged rows is not among the candidates: torch 2.11 cannot capture it in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class StepCosts:
         """Forgets the times of steps with drafts: load and lengths have changed since, and they are to be tried again."""
         for times in (self._samples, self._estimates):
             for key in [key for key in times if key[0]]:
-                del times[key]  # type: ignore[attr-defined]
+                del times[key]
 
     def estimate(self, num_tokens: int, depth: int) -> float | None:
         """Seconds of a step; None while nothing like it or smaller is known."""
