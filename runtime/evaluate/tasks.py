@@ -120,7 +120,7 @@ def _item(data: Any) -> tuple[Kind, Item]:
         return kind, Item(context, (_text(data, "continuation"),))
     choices, answer = data["choices"], data["answer"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise ValueError(f"choices is {choices!r}; allowed: a list of at least two texts")
+        raise ValueError(f"choices is {choices!r}; allowed: a list of at least two texts, none of them blank")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ValueError(f"answer is {answer!r}; allowed: the right choice's index, 0 to {len(choices) - 1}")
     return kind, Item(context, tuple(choices), answer)
