@@ -92,7 +92,7 @@ class Bubble:
 
 
 def bubble_chart(title: str, bubbles: Sequence[Bubble], *, x_label: str, y_label: str) -> str:
-    """Named circles over two linear axes; x begins at zero, y at zero or below."""
+    """Named circles over two linear axes, x from zero, y from zero or below; a name stands at its circle where there is room."""
     x_ticks = ticks(0.0, 1.15 * max(bubble.x for bubble in bubbles))
     y_ticks = ticks(min(0.0, *(bubble.y for bubble in bubbles)), 1.1 * max(0.0, *(bubble.y for bubble in bubbles)))
     largest = max((bubble.size or 0.0 for bubble in bubbles), default=0.0) or 1.0
@@ -113,6 +113,7 @@ def bubble_chart(title: str, bubbles: Sequence[Bubble], *, x_label: str, y_label
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, anchor="middle"))
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
     parts.append(f'<g transform="rotate(-90 14 {middle:.1f})">{_text(14, middle, y_label, anchor="middle")}</g>')
+    labels: list[tuple[float, float, float]] = []
     for index, bubble in enumerate(bubbles):
         x, y = place(bubble.x), height(bubble.y)
         radius = 4.0 if bubble.size is None else max(3.0, 16 * math.sqrt(bubble.size / largest))
@@ -121,8 +122,16 @@ def bubble_chart(title: str, bubbles: Sequence[Bubble], *, x_label: str, y_label
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{COLOURS[index % len(COLOURS)]}" fill-opacity="0.6">'
             f"<title>{tip}</title></circle>"
         )
-        parts.append(_text(x, y - radius - 3, bubble.name, anchor="middle"))
-    return _svg(_WIDTH, _HEIGHT, parts)
+        label = (x, y - radius - 3, _LETTER * len(bubble.name))
+        if all(not _overlap(label, other) for other in labels):  # the legend has the others
+            labels.append(label)
+            parts.append(_text(x, label[1], bubble.name, anchor="middle"))
+    return _svg(_WIDTH, _HEIGHT, parts) + legend([bubble.name for bubble in bubbles])
+
+
+def _overlap(one: tuple[float, float, float], two: tuple[float, float, float]) -> bool:
+    """Whether two texts (middle, baseline, width) run into one another."""
+    return abs(one[0] - two[0]) < (one[2] + two[2]) / 2 + 4 and abs(one[1] - two[1]) < 13
 
 
 def stacked_bars(

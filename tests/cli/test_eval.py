@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -161,7 +162,9 @@ def test_variants(tmp_path: Path) -> None:
 
 def test_bubbles_of_one_point_and_below_zero() -> None:
     for bubbles in ([Bubble("a", 0.0, 0.0)], [Bubble("a<b", 3.0, -1.5, 2.0), Bubble("c", 9.0, 4.0, 8.0, "fast")]):
-        drawn = ElementTree.fromstring(bubble_chart("t", bubbles, x_label="x", y_label="y"))
+        chart, legend = bubble_chart("t", bubbles, x_label="x", y_label="y").split("</svg>")
+        drawn = ElementTree.fromstring(chart + "</svg>")
+        assert all(html.escape(bubble.name) in legend for bubble in bubbles)
         circles = list(drawn.iter("{http://www.w3.org/2000/svg}circle"))
         assert len(circles) == len(bubbles)
         assert all(34 <= float(circle.attrib["cy"]) <= 254 for circle in circles)
