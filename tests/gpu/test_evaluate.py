@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from camshaft.runtime.evaluate.divergence import compare_engines, score_text
 from camshaft.runtime.evaluate.likelihood import TokenPair, likelihoods
 from families import random_model, tiny_config
@@ -24,6 +25,7 @@ def build(device: str, **options: Any) -> Any:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_text_and_continuations(target: str) -> None:
     on_cpu = build("cpu", target="eager", dtype="float32")
