@@ -145,17 +145,26 @@ def evaluate(
         ) as compared:
             to.document = _run(compared, variants, text, context)
         _show(to, out or [])
+        if to.document["failed"]:
+            raise typer.Exit(1)
 
 
 def _run(compared: Comparison, variants: list[Variant], text: Path | None, context: int) -> dict[str, Any]:
-    """Measures all variants; the document."""
+    """Measures all variants; the document. A recipe that cannot be built or run here does not cost the others their results."""
     from ..runtime.evaluate.report import make_document
 
-    results = [compared.run(variant) for variant in variants]
+    results = [compared.run(variants[0])]
+    failed = []
+    for variant in variants[1:]:
+        try:
+            results.append(compared.run(variant))
+        except (ValueError, RuntimeError) as error:
+            failed.append({"recipe": variant.name, "error": f"{type(error).__name__}: {error}"})
+            _tell(f"{variant.name}: failed: {error}")
     facts: dict[str, Any] = {}
     if text is not None:
         facts["text"] = {"name": text.name, "num_tokens": results[0]["text"]["num_tokens"], "context": context}
-    return make_document(model=compared.model, results=results, **facts)
+    return make_document(model=compared.model, results=results, failed=failed, **facts)
 
 
 def _show(to: Output, paths: list[Path]) -> None:
@@ -171,6 +180,8 @@ def _show(to: Output, paths: list[Path]) -> None:
                 to.print(
                     f"note: {entry['recipe']}: {task['num_truncated']} contexts of {task['name']} were cut off at the left"
                 )
+    for entry in to.document["failed"]:
+        to.print(f"failed: {entry['recipe']}: {entry['error']}", style="bold red")
     for path in paths:
         write_report(to.document, path)
         to.print(f"written to {path}", style="bold")

@@ -148,7 +148,8 @@ def _plot(document: Document) -> str:
 
 
 def _notes(document: Document) -> str:
-    lines = [f"{entry['recipe']}: {line}" for entry in document["results"] for line in entry["report"]]
+    lines = [f"{entry['recipe']} failed: {entry['error']}" for entry in document.get("failed", ())]
+    lines += [f"{entry['recipe']}: {line}" for entry in document["results"] for line in entry["report"]]
     return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 

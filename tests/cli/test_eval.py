@@ -139,6 +139,19 @@ def test_what_is_refused_before_a_build(
         assert message in capsys.readouterr().err.replace("\n", " "), arguments
 
 
+def test_a_recipe_that_fails_leaves_the_others(
+    model: str, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("-o", str(tmp_path / "r.json"), "-o", str(tmp_path / "r.html"))
+    arguments = ("--text", str(files[0]), "--context", "24", "--no-speed", "--no-artifact", *BUILD, *out)
+    assert run(["eval", model, "--recipes", "none,int4", *arguments]) == 1  # groups of 128 do not divide 64
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert [entry["recipe"] for entry in document["results"]] == ["none"]
+    assert document["failed"][0]["recipe"] == "int4" and "ValueError" in document["failed"][0]["error"]
+    assert "int4 failed: " in (tmp_path / "r.html").read_text()
+    assert "failed: int4" in capsys.readouterr().out
+
+
 def test_a_text_shorter_than_the_context(
     model: str, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
