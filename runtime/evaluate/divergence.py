@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,9 @@ def score_text(engine: Engine, token_ids: Sequence[int], *, context: int = 512) 
     Raises ValueError as `forced_steps` does, and RuntimeError where logits are NaN or infinite.
     """
     nll = np.zeros(len(token_ids))
-    for step in forced_steps([engine], token_ids, context=context):
-        nll[step.indices] = _nll(step, 0)
+    with closing(forced_steps([engine], token_ids, context=context)) as steps:
+        for step in steps:
+            nll[step.indices] = _nll(step, 0)
     return _score(nll[1:])
 
 
@@ -94,11 +96,12 @@ def compare_engines(reference: Engine, engine: Engine, token_ids: Sequence[int],
     nll = np.zeros((2, len(token_ids)))
     kl = np.zeros(len(token_ids))
     same = np.zeros(len(token_ids), dtype=bool)
-    for step in forced_steps([reference, engine], token_ids, context=context):
-        for number in range(2):
-            nll[number, step.indices] = _nll(step, number)
-        kl_R, same_R = divergence_rows(*step.logits)
-        kl[step.indices], same[step.indices] = kl_R.cpu().numpy(), same_R.cpu().numpy()
+    with closing(forced_steps([reference, engine], token_ids, context=context)) as steps:
+        for step in steps:
+            for number in range(2):
+                nll[number, step.indices] = _nll(step, number)
+            kl_R, same_R = divergence_rows(*step.logits)
+            kl[step.indices], same[step.indices] = kl_R.cpu().numpy(), same_R.cpu().numpy()
     return Comparison(
         reference=_score(nll[0, 1:]),
         score=_score(nll[1, 1:]),

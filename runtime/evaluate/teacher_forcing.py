@@ -10,7 +10,7 @@ the whole text never exist at once, and nothing is done per token in Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -65,12 +65,15 @@ def check_text(token_ids: Sequence[int], context: int, engine: Engine) -> None:
         raise ValueError(f"the text's token ids reach from {low} to {high}; allowed: 0 to {engine.vocab_size - 1}")
 
 
-def forced_steps(engines: Sequence[Engine], token_ids: Sequence[int], *, context: int) -> Iterator[ForcedStep]:
+def forced_steps(
+    engines: Sequence[Engine], token_ids: Sequence[int], *, context: int
+) -> Generator[ForcedStep, None, None]:
     """Steps through a text, until every token but the first was predicted once, after up to `context` tokens of its window.
 
     engines: of one model, on one device, none of them serving an LLM; they have KV caches of a step's windows meanwhile.
 
-    Raises ValueError for engines that differ in vocabulary, cache layout or device, and for what `check_text` refuses.
+    The engines are let go when the generator ends or is closed. Raises ValueError, with the first step, for engines that differ in
+    vocabulary, cache layout or device, and for what `check_text` refuses.
     """
     _check_alike(engines)
     first = engines[0]
