@@ -64,7 +64,8 @@ def test_entry_equals_torch(case: Case, tmp_path: Path) -> None:
 
 
 def test_every_entry_is_tested() -> None:
-    assert set(operators()) - {case.name for case in CASES} == UNINITIALIZED
+    quantized = {"camshaft.quantized_linear.default"}  # test_onnx_quant_ops.py
+    assert set(operators()) - {case.name for case in CASES} == UNINITIALIZED | quantized
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not any(isinstance(i, T) for i in flat([c.args]))][::7], ids=str)

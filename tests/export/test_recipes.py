@@ -33,7 +33,7 @@ CALIBRATION = CalibrationData.of([[(13 * i + 5 * j) % 95 + 2 for i in range(64)]
 def _recipe(name: str) -> Recipe:
     """A recipe whose groups divide a width of 64."""
     recipe = Recipe.named(name)
-    grouped = recipe.format is not None and recipe.format.group == 128 and not recipe.format.block
+    grouped = recipe.format is not None and recipe.format.group in (64, 128) and not recipe.format.block
     return recipe.with_group(32) if grouped else recipe
 
 
