@@ -109,7 +109,9 @@ def test_entry_equals_torch_and_builds(case: Case) -> None:
 
 
 def test_every_entry_is_tested() -> None:
-    quantized = {f"camshaft.{name}.default" for name in ("quantize", "dequantize", "dequantize_packed", "quantized_linear")}
+    quantized = {
+        f"camshaft.{name}.default" for name in ("quantize", "dequantize", "dequantize_packed", "quantized_linear")
+    }
     assert set(operators()) - {case.name for case in TESTED} == UNINITIALIZED | quantized
 
 
