@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE_FAMILIES, REPRESENTATIVE, every_family, random_model, tiny_config
+from families import FAMILIES, MORE_FAMILIES, every_family, random_model, tiny_config
 from tensorrt_interpreter import run_network
 from torch import Tensor
 
@@ -25,7 +25,8 @@ from shared_traces import trace_decoder
 
 CPU = torch.device("cpu")
 EVERY = ["demo", *FAMILIES, *MORE_FAMILIES]
-QUICK = ["demo", *REPRESENTATIVE, "deepseek_v2"]
+CORE = ["demo", *FAMILIES, "phimoe", "deepseek_v3", "apertus", "deepseek_v2"]
+"""What `make test` builds engines of; the others are left to `make test-long`."""
 
 COMPLEX = {"deepseek_v2"}
 """Families that compute RoPE on complex numbers, which TensorRT does not have."""
@@ -34,7 +35,7 @@ BUILDS = [({"T": 1, "R": 1}, ()), ({"T": 8, "R": 4}, ()), ({"T": 8, "R": 4}, ("8
 seen: set[str] = set()
 
 
-@pytest.fixture(scope="module", params=every_family(EVERY, QUICK))
+@pytest.fixture(scope="module", params=every_family(EVERY, CORE))
 def family(request: Any) -> tuple[str, Plan]:
     """A family with its plan in fp32 (the demo model in bf16, as it is stored), as builds for CUDA cut it."""
     name = request.param
