@@ -39,6 +39,27 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [step * index for index in range(first, last + 1)]
 
 
+def _axes(
+    xs: Sequence[float],
+    place: Callable[[float], float],
+    y_ticks: Sequence[float],
+    height: Callable[[float], float],
+    x_label: str,
+    y_label: str,
+) -> list[str]:
+    """Grid lines with their numbers, the numbers along x that have room, and both labels."""
+    parts = []
+    for tick in y_ticks:
+        parts.append(_line(_LEFT, height(tick), _WIDTH - _RIGHT, height(tick), "#e0e0e0"))
+        parts.append(_text(_LEFT - 6, height(tick) + 4, compact(tick), anchor="end"))
+    for x in _apart(xs, place):
+        parts.append(_text(place(x), _HEIGHT - _BOTTOM + 16, compact(x), anchor="middle"))
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, anchor="middle"))
+    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    parts.append(f'<g transform="rotate(-90 14 {middle:.1f})">{_text(14, middle, y_label, anchor="middle")}</g>')
+    return parts
+
+
 def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: str) -> str:
     """Lines with a marker at each point, from zero upwards; x is on a scale of powers of two where it spans more than eightfold."""
     points = [point for line in series for point in line.points]
@@ -56,15 +77,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str, y_label: s
     def height(y: float) -> float:
         return _HEIGHT - _BOTTOM - y / y_ticks[-1] * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_text(_LEFT, 18, title, weight="bold")]
-    for tick in y_ticks:
-        parts.append(_line(_LEFT, height(tick), _WIDTH - _RIGHT, height(tick), "#e0e0e0"))
-        parts.append(_text(_LEFT - 6, height(tick) + 4, compact(tick), anchor="end"))
-    for x in _apart(xs, place):
-        parts.append(_text(place(x), _HEIGHT - _BOTTOM + 16, compact(x), anchor="middle"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, anchor="middle"))
-    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-    parts.append(f'<g transform="rotate(-90 14 {middle:.1f})">{_text(14, middle, y_label, anchor="middle")}</g>')
+    parts = [_text(_LEFT, 18, title, weight="bold"), *_axes(xs, place, y_ticks, height, x_label, y_label)]
     for index, line in enumerate(series):
         colour = COLOURS[index % len(COLOURS)]
         path = " ".join(f"{place(x):.1f},{height(y):.1f}" for x, y in line.points)
@@ -104,15 +117,7 @@ def bubble_chart(title: str, bubbles: Sequence[Bubble], *, x_label: str, y_label
         share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_text(_LEFT, 18, title, weight="bold")]
-    for tick in y_ticks:
-        parts.append(_line(_LEFT, height(tick), _WIDTH - _RIGHT, height(tick), "#e0e0e0"))
-        parts.append(_text(_LEFT - 6, height(tick) + 4, compact(tick), anchor="end"))
-    for tick in _apart(x_ticks, place):
-        parts.append(_text(place(tick), _HEIGHT - _BOTTOM + 16, compact(tick), anchor="middle"))
-    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, x_label, anchor="middle"))
-    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
-    parts.append(f'<g transform="rotate(-90 14 {middle:.1f})">{_text(14, middle, y_label, anchor="middle")}</g>')
+    parts = [_text(_LEFT, 18, title, weight="bold"), *_axes(x_ticks, place, y_ticks, height, x_label, y_label)]
     labels: list[tuple[float, float, float]] = []
     for index, bubble in enumerate(bubbles):
         x, y = place(bubble.x), height(bubble.y)
