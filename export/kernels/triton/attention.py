@@ -246,7 +246,7 @@ def _write(call: _Call, *, keep_keys: bool) -> _Call:
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *call.angle_strides, *k_cache.stride()[:3],
         *v_cache.stride()[:3], BLOCK_SIZE=k_cache.shape[1], H=q.shape[1], KV=num_kv_heads, D=head_dim, DV=v.shape[2],
         BLOCK=_write_block(num_kv_heads * max(head_dim, v.shape[2])), BLOCK_Q=_write_block(q.shape[1] * head_dim),
-        KEEP_KEYS=k_turned is not None, **call.rotation(),
+        KEEP_KEYS=k_turned is not None, ASM=q.is_cuda, **call.rotation(),
     )  # fmt: skip
     return call if q_turned is None else replace(call, q=q_turned, k=k if k_turned is None else k_turned, rope=None)
 

@@ -68,7 +68,7 @@ def decode_kernel(
     stop = tl.minimum(start + span, length)
     queries = load_turned(
         q + row * q_token + head[:, None] * q_head, offs_d[None, :], keep[:, None] & (offs_d[None, :] < D), cos, sin,
-        row, cos_token, sin_token, ROTATED, INTERLEAVED,
+        row, cos_token, sin_token, ROTATED, INTERLEAVED, ASM,
     )  # fmt: skip
     if Q_SCALE != 1.0:
         queries = queries.to(tl.float32) * Q_SCALE
@@ -89,8 +89,9 @@ def decode_kernel(
         block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         is_key, is_value = (offs_d < D) & fresh, (offs_dv < DV) & fresh
         key = load_turned(
-            k + row * k_token + kv * k_head, offs_d, is_key, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED
-        )
+            k + row * k_token + kv * k_head, offs_d, is_key, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED,
+            ASM,
+        )  # fmt: skip
         key = saturate(key, k_cache)
         value = saturate(tl.load(v + row * v_token + kv * v_head + offs_dv, mask=is_value, other=0.0), v_cache)
         tl.store(k_cache + block * kc_block + offset * kc_offset + kv * kc_head + offs_d, key, mask=is_key)

@@ -20,6 +20,7 @@ def write_kernel(
     kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head,
     BLOCK_SIZE: tl.constexpr, H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr, KEEP_KEYS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     # One row: k [KV, D] and v [KV, DV] to its slot; a padding row's out [H, DV] becomes 0.
     # ROTATED: k is turned on the way, and q [H, D] to q_turned [T, H, D] (not in padding rows). KEEP_KEYS: the turned k also
@@ -33,8 +34,9 @@ def write_kernel(
             keep = index < KV * D
             head, d = index // D, index % D
             key = load_turned(
-                k + row * k_token + head * k_head, d, keep, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED
-            )
+                k + row * k_token + head * k_head, d, keep, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED,
+                ASM,
+            )  # fmt: skip
             tl.store(
                 k_cache + block * kc_block + offset * kc_offset + head * kc_head + d,
                 saturate(key, k_cache),
@@ -63,8 +65,9 @@ def write_kernel(
             keep = index < H * D
             head, d = index // D, index % D
             query = load_turned(
-                q + row * q_token + head * q_head, d, keep, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED
-            )
+                q + row * q_token + head * q_head, d, keep, cos, sin, row, cos_token, sin_token, ROTATED, INTERLEAVED,
+                ASM,
+            )  # fmt: skip
             tl.store(q_turned + row * (H * D) + index, query, mask=keep)
 
 
