@@ -146,7 +146,6 @@ def latency_rows(threads: int) -> list[dict[str, Any]]:
         variants = {
             "as it is": config,
             "join=kernel": dataclasses.replace(config, join="kernel"),
-            "pdl": dataclasses.replace(config, pdl=True),
             "4 programs/SM": dataclasses.replace(config, programs_per_processor=4),
             "16 programs/SM": dataclasses.replace(config, programs_per_processor=16),
             "128 keys a step, 8 warps": dataclasses.replace(config, block_n=128, num_warps=8),

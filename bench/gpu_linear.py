@@ -6,7 +6,7 @@ sweep      each product alone, in a CUDA graph, its weights in turn from several
 invariant  rows alone and in batches, to the last bit, and whether other tile sizes give the same bits
 quantize   norm + quantize and gate + quantize: what Inductor makes of the definitions, and the kernels written by hand
 one_row    a step of one token with fp8 weights (`linear_one_row.py`)
-layer      a layer's products and what lies between them, compiled by Inductor: cuBLAS, the sweep's best, and those overlapped
+layer      a layer's products and what lies between them, compiled by Inductor: cuBLAS and the sweep's best
 
 Writes OUT/gpu-linear.json as sections end; the table of the best is printed last. A wrong result is an error of its line.
 """
@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +128,6 @@ def measure(weights: Weights, rows: int, failed: dict[str, str], quick: bool) ->
     ordered = dict(sorted(ms.items(), key=lambda item: item[1]))
     best = next(name for name in ordered if name != "library, no scales")
     config = tried[best]
-    if isinstance(config, RowsConfig | TileConfig):  # behind itself; the section `layer` has the real neighbours
-        early = product_of(replace(config, overlap=True))
-        ordered[best + " overlap"] = 1e3 * seconds(
-            [lambda w=w: early(x, w, x_scale, weights.scale) for w in weights.copies], least
-        )
     return {
         "tokens": rows, "best": best, "ms": {name: round(value, 5) for name, value in ordered.items()},
         "floor_ms": 1e3 * least, "config": config, "percent": round(1e5 * least / ordered[best], 1), "errors": errors,

@@ -45,14 +45,12 @@ Product = Callable[[Tensor, Tensor, "Tensor | None", "Tensor | None"], Tensor]
 def name_of(config: Config) -> str:
     """A short name of a configuration."""
     if isinstance(config, RowsConfig):
-        text = f"rows n{config.block_n} k{config.block_k} w{config.warps} s{config.stages}"
-    elif isinstance(config, TileConfig):
+        return f"rows n{config.block_n} k{config.block_k} w{config.warps} s{config.stages}"
+    if isinstance(config, TileConfig):
         side = " tma" if config.tma else "" if config.weight_left else " right"
-        text = f"tile n{config.block_n} k{config.block_k} /{config.splits} w{config.warps} s{config.stages}{side}"
-    else:
-        size = f"{config.block_m}x{config.block_n}x{config.block_k}"
-        return f"tiled {size} w{config.warps} s{config.stages}{'' if config.persistent else ' one'}"
-    return text + (" overlap" if config.overlap else "")
+        return f"tile n{config.block_n} k{config.block_k} /{config.splits} w{config.warps} s{config.stages}{side}"
+    size = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    return f"tiled {size} w{config.warps} s{config.stages}{'' if config.persistent else ' one'}"
 
 
 def configs(dtype: str, rows: int, n: int, k: int, quick: bool) -> Iterator[Config]:

@@ -171,8 +171,6 @@ def chosen_by(chooser: Chooser) -> Iterator[None]:
 
 def layers(dtype: str, swept: dict[str, Any] | None, quick: bool) -> list[dict[str, Any]]:
     """ms of a layer by number of rows and by how its products are run."""
-    from torch._inductor import config as inductor_config
-
     best = {
         (row["tokens"], SHAPES[shape][0]): row["config"]
         for shape, rows in (swept or {}).items()
@@ -184,28 +182,23 @@ def layers(dtype: str, swept: dict[str, Any] | None, quick: bool) -> list[dict[s
     def measured(lines: Any, rows: int, n: int) -> Config | None:
         return best[rows, n] if (rows, n) in best else table(lines, rows, n)
 
-    def overlapped(lines: Any, rows: int, n: int) -> Config | None:
-        config = measured(lines, rows, n)
-        return config if config is None or isinstance(config, TiledConfig) else replace(config, overlap=True)
-
-    variants: dict[str, tuple[Chooser, bool, bool, bool]] = {  # chooser, Inductor's early launches, hand, inlined
-        "library": (lambda lines, rows, n: None, False, False, False),
-        "chosen": (measured, False, False, False),
-        "chosen, overlapped": (overlapped, True, False, False),
+    variants: dict[str, tuple[Chooser, bool, bool]] = {  # chooser, hand, inlined
+        "library": (lambda lines, rows, n: None, False, False),
+        "chosen": (measured, False, False),
     }
     if dtype == "fp8":
-        variants["chosen, scales left to Inductor"] = (measured, False, False, True)
-        variants["chosen, quantized by hand"] = (measured, False, True, False)
+        variants["chosen, scales left to Inductor"] = (measured, False, True)
+        variants["chosen, quantized by hand"] = (measured, True, False)
     stack = [Layer(dtype, seed) for seed in range(LAYERS)]
     tokens = (2, 16, 64) if quick else (1, 2, 8, 16, 32, 64, 256, 1024)
     inputs = {rows: torch.randn(2, 1, rows, HIDDEN, device=DEVICE, dtype=BF16).unbind() for rows in tokens}
     results: list[dict[str, Any]] = [
         {"tokens": rows, "dtype": dtype, "ms": {}, "floor_ms": _floor(dtype, rows)} for rows in tokens
     ]
-    for name, (chooser, early, hand, inlined) in variants.items():
+    for name, (chooser, hand, inlined) in variants.items():
         torch._dynamo.reset()
         run = forward(hand, inlined)
-        with inductor_config.patch({"triton.enable_pdl": early}), chosen_by(chooser):
+        with chosen_by(chooser):
             call = run if hand else torch.compile(run, dynamic=True)
             for row in results:
                 rows = row["tokens"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,8 +55,7 @@ CONFIGS: tuple[Config, ...] = (
 def label(config: Config) -> str:
     """A short name of a configuration."""
     if isinstance(config, OneRowConfig):
-        text = f"one n{config.block_n} k{config.block_k} w{config.warps} s{config.stages}"
-        return text + (" overlap" if config.overlap else "")
+        return f"one n{config.block_n} k{config.block_k} w{config.warps} s{config.stages}"
     return name_of(config) + (" asm" if isinstance(config, TileConfig) and config.asm else "")
 
 
@@ -125,14 +123,6 @@ def _products(shape: str, n: int, k: int) -> dict[str, Any]:
     )  # fmt: skip
     ms = dict(sorted(ms.items(), key=lambda item: item[1]))
     listed = ", ".join(f"{name} {value * 1e3:.1f}" for name, value in list(ms.items())[:6])
-    if STREAM is not None:
-        first = next(name for name in ms if name != "fp8 rows")
-        config = next(config for config in CONFIGS if label(config) == first)
-        early = replace(config, overlap=True)  # type: ignore[arg-type]
-        ms[label(early)] = 1e3 * seconds(
-            [lambda w=w: gemm.run(early, x, w, None, scale, None, BF16) for w in weights.copies], least  # type: ignore[misc]
-        )  # fmt: skip
-        listed += f" | {label(early)} {ms[label(early)] * 1e3:.1f}"
     print(f"one row {shape:8} floor {least * 1e6:.1f} us | fp8 rows {ms['fp8 rows'] * 1e3:.1f} | {listed}", flush=True)
     return {"ms": ms, "errors": errors, "floor_ms": 1e3 * least}
 
@@ -196,18 +186,10 @@ def _plain(
 
 
 def _layers(best: dict[int, Config]) -> list[dict[str, Any]]:
-    from torch._inductor import config as inductor_config
-
     table = gemm.choose
 
     def swept(lines: Any, rows: int, n: int) -> Config | None:
         return best[n] if lines is gemm.WEIGHT_ONLY_TABLE and n in best else table(lines, rows, n)
-
-    def overlapped(lines: Any, rows: int, n: int) -> Config | None:
-        config = swept(lines, rows, n)
-        if STREAM is None:
-            return config
-        return replace(config, overlap=True) if isinstance(config, OneRowConfig | RowsConfig | TileConfig) else config
 
     stack = [Layer("fp8", seed) for seed in range(LAYERS)]
     variants: dict[str, tuple[Callable[..., Any], bool, Any, tuple[int, ...]]] = {  # dynamic, chooser, tokens
@@ -215,13 +197,12 @@ def _layers(best: dict[int, Config]) -> list[dict[str, Any]]:
         "quantized by hand": (_by_hand, True, table, (1, 16, 64)),
         "one row": (_plain, False, table, (1,)),
         "one row, swept": (_plain, False, swept, (1,)),
-        "one row, swept, overlapped": (_plain, False, overlapped, (1,)),
     }
     inputs = {rows: torch.randn(2, 1, rows, HIDDEN, device=DEVICE, dtype=BF16).unbind() for rows in (1, 16, 64)}
     results = []
     for name, (run, dynamic, chooser, tokens) in variants.items():
         torch._dynamo.reset()
-        with inductor_config.patch({"triton.enable_pdl": chooser is overlapped}), chosen_by(chooser):
+        with chosen_by(chooser):
             call = torch.compile(run, dynamic=dynamic)
             for rows in tokens:
                 calls = [lambda l=l: call(*inputs[rows], l.weights, l.gains) for l in stack]  # type: ignore[misc]  # noqa: B023

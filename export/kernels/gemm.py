@@ -12,16 +12,14 @@ Import this module only where Triton is installed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import gemm_ops
 from .gemm_one_row import OneRowConfig, multiply_one_row
 from .gemm_skinny import RowsConfig, TileConfig, multiply_rows, multiply_tile
 from .gemm_tiled import ALIGNMENT_BYTES, TiledConfig, multiply_tiled
@@ -130,7 +128,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         config = choose(HALF_TABLE, rows.shape[0], weight.shape[0])
     if config is None:
         return F.linear(x, weight, bias)
-    return run(_early(config, x.device), rows, weight, None, None, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return run(config, rows, weight, None, None, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def scaled_linear(
@@ -144,7 +142,7 @@ def scaled_linear(
     elif config is None:
         out = scaled_library(rows, scales, weight, weight_scale, bias, dtype)
     else:
-        out = run(_early(config, x.device), rows, weight, scales, weight_scale, bias, dtype)
+        out = run(config, rows, weight, scales, weight_scale, bias, dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -155,8 +153,6 @@ def weight_only_linear(
     rows = _rows(x)
     config = choose(WEIGHT_ONLY_TABLE, rows.shape[0], weight.shape[0])
     assert config is not None
-    if rows.shape[0] == 1:
-        config = _early(config, x.device)
     return run(config, rows, weight, None, weight_scale, bias, dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -193,18 +189,6 @@ def invariant_scaled_linear(
     _check_invariant(x, weight, (FP8,))
     out = run(INVARIANT_FP8, _rows(x), weight.contiguous(), x_scale.reshape(-1, 1), weight_scale, bias, dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _early(config: Config, device: torch.device) -> Config:
-    """The configuration, launched early where that is on, known to the kernel and to the GPU."""
-    if not gemm_ops.EARLY_LAUNCHES or isinstance(config, TiledConfig) or not _launches_early(device):
-        return config
-    return replace(config, overlap=True)
-
-
-@functools.cache
-def _launches_early(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @dataclass(frozen=True)
@@ -246,7 +230,7 @@ def prepare(
     """
     jobs: dict[tuple[_Job, int, bool], Layer] = {}
     for layer in layers:
-        for job in _invariant_jobs(layer) if batch_invariant else _jobs(layer, dtype, device, one_row):
+        for job in _invariant_jobs(layer) if batch_invariant else _jobs(layer, dtype, one_row):
             length = layer.k if isinstance(job.config, OneRowConfig) else layer.k % job.config.block_k
             jobs.setdefault((job, length, layer.bias), layer)
 
@@ -264,7 +248,7 @@ def prepare(
     return len(jobs)
 
 
-def _jobs(layer: Layer, dtype: torch.dtype, device: torch.device, one_row: bool) -> Iterator[_Job]:
+def _jobs(layer: Layer, dtype: torch.dtype, one_row: bool) -> Iterator[_Job]:
     """The kernels of a layer, some of them more than once."""
     for rows in ROW_CLASSES:
         config = choose_fp8(rows, layer.n, layer.k) if layer.dtype == FP8 else choose(HALF_TABLE, rows, layer.n)
@@ -272,11 +256,11 @@ def _jobs(layer: Layer, dtype: torch.dtype, device: torch.device, one_row: bool)
             yield _Job(config, 16, layer.dtype)  # one kernel for any number of rows
         elif config is not None:
             padded = rows if isinstance(config, RowsConfig) else max(16, rows)
-            yield _Job(_early(config, device), padded, layer.dtype)
+            yield _Job(config, padded, layer.dtype)
     if one_row and layer.dtype == FP8:
         config = choose(WEIGHT_ONLY_TABLE, 1, layer.n)
         assert config is not None
-        yield _Job(_early(config, device), 1, dtype)
+        yield _Job(config, 1, dtype)
 
 
 def _invariant_jobs(layer: Layer) -> Iterator[_Job]:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gemm_skinny import await_previous, launch_options, on_device, prefetch, prefetch_lines
+from .gemm_skinny import on_device
 
 GROUP = 16
 """Weights that a thread loads at once; K must be a multiple of it."""
@@ -28,28 +28,24 @@ GROUP = 16
 
 @dataclass(frozen=True, kw_only=True)
 class OneRowConfig:
-    """How the work is cut: weight rows of a program, values of a row per step, warps, steps in flight. overlap: as there."""
+    """How the work is cut: weight rows of a program, values of a row per step, warps, steps in flight."""
 
     block_n: int
     block_k: int
     warps: int = 4
     stages: int = 1
-    overlap: bool = False
 
 
 @triton.jit
 def _one_row_kernel(
     x, weight, weight_scale, bias, out, N,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    BIAS: tl.constexpr, OVERLAP: tl.constexpr, LINES: tl.constexpr,
+    BIAS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // tiles).to(tl.int64)
     n = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = tl.minimum(n, N - 1).to(tl.int64)
-    if OVERLAP:
-        prefetch(weight, offs_n, K, 0, LINES)
-        await_previous()
     at = weight + offs_n[:, None] * K
     acc = tl.zeros([BLOCK_N, BLOCK_K // GROUP], tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -86,7 +82,6 @@ def multiply_one_row(
         with on_device(x):
             _one_row_kernel[(num_rows * triton.cdiv(n, config.block_n),)](
                 x, weight, weight_scale, bias, out, n, K=k, BLOCK_N=config.block_n, BLOCK_K=block_k, GROUP=GROUP,
-                STAGES=config.stages, BIAS=bias is not None, OVERLAP=config.overlap,
-                LINES=prefetch_lines(weight, block_k), num_warps=config.warps, **launch_options(config.overlap),
+                STAGES=config.stages, BIAS=bias is not None, num_warps=config.warps,
             )  # fmt: skip
     return out

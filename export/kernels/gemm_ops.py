@@ -31,15 +31,11 @@ from ...graph import quant_ops
 from ...graph.registry import define, implement
 from .quantized import operator as _quantized_operator  # noqa: F401  registers kernels
 
-EARLY_LAUNCHES = False
-"""Whether compiled segments launch each kernel as the one before it ends (programmatic dependent launch, 9.0 and later)."""
-
 WHOLE_QUANTIZATIONS: frozenset[str] = frozenset({"add_rms_norm_quantize", "glu_quantize", "quantize_rows"})
 """Which of these three run in the kernels written by hand; Inductor makes the others.
 
 On an H200, 8,192 rows of Llama-3.1-8B: norm and gate take 0.06 and 0.25 ms by hand, 0.16 and 0.78 ms by Inductor
-(`bench/gpu_linear.py`). Not together with EARLY_LAUNCHES: Inductor's kernels wait for the node before them, which among several
-outputs may be another.
+(`bench/gpu_linear.py`).
 """
 
 Inline = Callable[[Any], Callable[..., Any] | None]

@@ -12,9 +12,6 @@ Two kernels. Both read every weight once and sum in an order that the configurat
 fp8 operands carry scales, x_scale [T] and weight_scale [N], which multiply the fp32 sum. x may also be bf16 or fp16, without
 scales, beside an fp8 weight, which is then widened in registers: both types hold every float8_e4m3fn.
 
-Launched with `overlap` (programmatic dependent launch, compute capability 9.0), a kernel begins while the one before it ends: it
-asks for its first weights to be brought to the L2 cache, then waits before it reads x or writes anything.
-
 Import this module only where Triton is installed. TRITON_INTERPRET=1 runs it on CPU tensors, slowly.
 """
 
@@ -36,7 +33,6 @@ MAX_ROWS = 64
 """Most rows of x that the tile kernel takes."""
 MAX_ROWS_FMA = 4
 """Most rows of x that the rows kernel takes."""
-_LINE_BYTES = tl.constexpr(128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +43,6 @@ class RowsConfig:
     block_k: int
     warps: int = 4
     stages: int = 1
-    overlap: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,29 +60,10 @@ class TileConfig:
     stages: int = 4
     weight_left: bool = True
     tma: bool = False
-    overlap: bool = False
     asm: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------- device code
-@triton.jit
-def prefetch(weight, offs_n, K, start_k, LINES: tl.constexpr):
-    # The L2 cache asks for LINES lines of every row; nothing waits for them.
-    per_line: tl.constexpr = _LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
-    at = weight + offs_n[:, None] * K + start_k + tl.arange(0, LINES)[None, :] * per_line
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def await_previous():
-    # Everything before is finished and visible after the wait; only then may the next kernel come: what it reads may stem
-    # from kernels further back.
-    tl.extra.cuda.gdc_wait()
-    tl.extra.cuda.gdc_launch_dependents()
-
-
 @triton.jit
 def _finish(total, x_scale, weight_scale, bias, m, n, keep_m, keep_n, SCALED: tl.constexpr, BIAS: tl.constexpr):
     # total [BLOCK_N, BLOCK_M] fp32 -> scaled, biased
@@ -127,13 +103,10 @@ def _store_row(
 def _rows_kernel(
     x, weight, x_scale, weight_scale, bias, out, num_rows, N, K,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
-    BIAS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr, LINES: tl.constexpr,
+    BIAS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = tl.minimum(n, N - 1).to(tl.int64)
-    if OVERLAP:
-        prefetch(weight, offs_n, K, 0, LINES)
-        await_previous()
     acc0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc2 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -194,7 +167,7 @@ def _tile_kernel(
     x, weight, tiles, x_scale, weight_scale, bias, out, partial, arrived, num_rows, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, EVEN_K: tl.constexpr,
     SCALED: tl.constexpr, BIAS: tl.constexpr, WEIGHT_LEFT: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr, LINES: tl.constexpr, ASM: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0), tl.program_id(1)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -205,9 +178,6 @@ def _tile_kernel(
     span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
     first = split * span
     end = tl.minimum(first + span, K)
-    if OVERLAP:
-        prefetch(weight, offs_n, K, first, LINES)
-        await_previous()
     if WEIGHT_LEFT:
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
@@ -270,8 +240,8 @@ def multiply_rows(
         _rows_kernel[(triton.cdiv(n, config.block_n),)](
             x, weight, x_scale, weight_scale, bias, out, num_rows, n, k,
             ROWS=triton.next_power_of_2(num_rows), BLOCK_N=config.block_n, BLOCK_K=block_k, EVEN_K=k % block_k == 0,
-            SCALED=weight_scale is not None, BIAS=bias is not None, STAGES=config.stages, OVERLAP=config.overlap,
-            LINES=prefetch_lines(weight, block_k), num_warps=config.warps, **launch_options(config.overlap),
+            SCALED=weight_scale is not None, BIAS=bias is not None, STAGES=config.stages,
+            num_warps=config.warps,
         )  # fmt: skip
     return out
 
@@ -299,22 +269,10 @@ def multiply_tile(
             x, weight, fetched, x_scale, weight_scale, bias, out, partial, arrived, num_rows, n, k,
             BLOCK_M=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             SPLITS=config.splits, EVEN_K=k % config.block_k == 0, SCALED=weight_scale is not None, BIAS=bias is not None,
-            WEIGHT_LEFT=config.weight_left, TMA=config.tma, STAGES=config.stages, OVERLAP=config.overlap,
-            LINES=prefetch_lines(weight, config.block_k * config.stages), ASM=config.asm and x.is_cuda,
-            num_warps=config.warps, **launch_options(config.overlap),
+            WEIGHT_LEFT=config.weight_left, TMA=config.tma, STAGES=config.stages,
+            ASM=config.asm and x.is_cuda, num_warps=config.warps,
         )  # fmt: skip
     return out
-
-
-def launch_options(overlap: bool) -> dict[str, bool]:
-    """What a kernel that calls `await_previous` is launched with."""
-    return {"launch_pdl": True} if overlap else {}
-
-
-def prefetch_lines(weight: Tensor, values: int) -> int:
-    """Lines of the L2 cache that hold the first `values` of a row: at most 8, a power of two."""
-    lines = max(1, min(8, values * weight.element_size() // 128))
-    return 1 << (lines.bit_length() - 1)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -41,7 +41,7 @@ _QUANTIZED = "camshaft.quantized_linear.default"
 
 def _options(request: LowerRequest) -> dict[str, bool]:
     """Inductor's options for CUDA. deterministic: reductions get one configuration, not the fastest at the first size they meet."""
-    return {"triton.enable_pdl": gemm_ops.EARLY_LAUNCHES, "deterministic": request.batch_invariant}
+    return {"deterministic": request.batch_invariant}
 
 
 _WEIGHT_AND_BIAS = {"aten.linear.default": (1, 2), "camshaft.scaled_linear.default": (2, 4)}

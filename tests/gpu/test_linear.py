@@ -32,7 +32,6 @@ FP8 = torch.float8_e4m3fn
 CAST = torch.float32 if INTERPRET else FP8  # the interpreter truncates to fp8
 K, N = (192, 72) if INTERPRET else (4096, 6144)
 WIDTH = 32 if INTERPRET else 128
-OVERLAPS = [False] if INTERPRET else [False, True]
 
 
 def operands(rows: int, n: int, k: int, dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor | None]:
@@ -70,10 +69,9 @@ def check(actual: Tensor, given: dict[str, Tensor | None]) -> None:
 
 @pytest.mark.parametrize("dtype", [HALF, FP8], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize("overlap", OVERLAPS)
-def test_rows_kernel(rows: int, dtype: torch.dtype, overlap: bool) -> None:
+def test_rows_kernel(rows: int, dtype: torch.dtype) -> None:
     given = operands(rows, N + 1, K, dtype)
-    config = RowsConfig(block_n=4, block_k=2 * WIDTH, overlap=overlap)
+    config = RowsConfig(block_n=4, block_k=2 * WIDTH)
     check(gemm.run(config, **given, dtype=HALF), given)
     given["bias"] = None
     check(gemm.run(config, **given, dtype=HALF), given)
@@ -232,11 +230,10 @@ def test_rows_of_zeros_are_quantized() -> None:
 
 @pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("dtype", [HALF, FP8], ids=str)
-@pytest.mark.parametrize("overlap", [False, True])
-def test_captured_in_a_cuda_graph(dtype: torch.dtype, overlap: bool) -> None:
-    """Products in a row, each the next one's input, replayed with new values: split sums and early launches wait rightly."""
+def test_captured_in_a_cuda_graph(dtype: torch.dtype) -> None:
+    """Products in a row, each the next one's input, replayed with new values: split sums wait rightly."""
     first, second = operands(5, 4096, 4096, dtype), operands(5, 4096, 4096, dtype, seed=1)
-    config = TileConfig(block_n=64, block_k=128, splits=4, overlap=overlap)
+    config = TileConfig(block_n=64, block_k=128, splits=4)
 
     def chain(x: Tensor, x_scale: Tensor | None) -> Tensor:
         for given in (first, second, first, second):

@@ -65,7 +65,7 @@ CONFIGS: list[Config] = [
     TileConfig(block_n=64, block_k=WIDTH, splits=2, asm=True),
 ]
 if not INTERPRET:
-    CONFIGS += [OneRowConfig(block_n=8, block_k=2048, overlap=True), TileConfig(block_n=64, block_k=128, overlap=True)]
+    CONFIGS += [OneRowConfig(block_n=8, block_k=2048), TileConfig(block_n=64, block_k=128)]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
