@@ -20,6 +20,7 @@ from .small_floats import (
     e2m1_codes,
     floor_e8m0,
     pack_halves,
+    quotient,
     round_to_e2m1,
 )
 
@@ -68,10 +69,12 @@ def quantize_weight(
     """
     parts = _empty_parts(weight_NK, format)
     if "global_scale" in parts:
-        found = (_amax(weight_NK) / (E2M1_MAX * E4M3_MAX)).clamp(min=_TINY) if global_scale is None else global_scale
+        found = (
+            quotient(_amax(weight_NK), E2M1_MAX * E4M3_MAX).clamp(min=_TINY) if global_scale is None else global_scale
+        )
         parts["global_scale"].copy_(found)
     if format.group == -1:
-        parts["scale"].copy_((_amax(weight_NK) / E4M3_MAX).clamp(min=_TINY))
+        parts["scale"].copy_(quotient(_amax(weight_NK), E4M3_MAX).clamp(min=_TINY))
     for rows in _row_chunks(weight_NK, format):
         wide = weight_NK[rows].float()
         weights = _group_importance(importance, wide, format)
@@ -277,7 +280,7 @@ def _scale_of(
         low = groups.amin(-1, keepdim=True).clamp(max=0) * factor
         high = groups.amax(-1, keepdim=True).clamp(min=0) * factor
         top = 15.0 if format.weights == "int4" else 255.0
-        scale = ((high - low) / top).clamp(min=_TINY)
+        scale = quotient(high - low, top).clamp(min=_TINY)
         return scale, (-low / scale).round().clamp(0, top)
     amax = groups.abs().amax(-1, keepdim=True) * factor
     if format.weights == "mxfp4":
@@ -287,7 +290,7 @@ def _scale_of(
     if global_scale is not None:
         return (amax / (E2M1_MAX * global_scale)).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn), None
     limit = E4M3_MAX if format.weights == "fp8" else _INT_LIMITS[format.weights]
-    return (amax / limit).clamp(min=_TINY), None
+    return quotient(amax, limit).clamp(min=_TINY), None
 
 
 def decoded_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:

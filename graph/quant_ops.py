@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .registry import define
+from .small_floats import quotient
 
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the low three bits of an e2m1 number mean; the fourth is the sign."""
@@ -112,7 +113,7 @@ FP8_MAX = 448.0
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of camshaft::quantize_rows: x [.., K] -> (float8_e4m3fn [.., K], float32 scales [.., 1])."""
     wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = quotient(wide.abs().amax(-1, keepdim=True), FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     return (wide * (1.0 / scale)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
 

@@ -24,7 +24,7 @@ from .linear_format import LinearFormat
 from .quant_formats import QuantizedWeight, dequantize_weight
 from .quant_ops import FP8_MAX, QUANT_DEFINITIONS, quantize_rows
 from .registry import define
-from .small_floats import E2M1_MAX, E4M3_MAX, ceil_e8m0, decode_e8m0, floor_e8m0, round_to_e2m1
+from .small_floats import E2M1_MAX, E4M3_MAX, ceil_e8m0, decode_e8m0, floor_e8m0, quotient, round_to_e2m1
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -44,7 +44,7 @@ def quantize_activations(
         values, scale = quantize_rows(x)
         return values.float(), scale
     if kind == "int8":
-        scale = (wide.abs().amax(-1, keepdim=True) / 127.0).clamp(min=_TINY)
+        scale = quotient(wide.abs().amax(-1, keepdim=True), 127.0).clamp(min=_TINY)
         return (wide / scale).round().clamp(-127, 127), scale
     if kind in ("fp8_static", "int8_static"):
         if x_scale is None:
@@ -63,7 +63,7 @@ def _quantize_blocks(wide: Tensor, format: LinearFormat, x_scale: Tensor | None)
     if kind == "nvfp4":
         overall = x_scale
         if overall is None:
-            overall = (wide.abs().amax(-1, keepdim=True) / (E2M1_MAX * E4M3_MAX)).clamp(min=_TINY)
+            overall = quotient(wide.abs().amax(-1, keepdim=True), E2M1_MAX * E4M3_MAX).clamp(min=_TINY)
         wide = wide / overall
     size = format.activation_block
     if dim % size and kind != "fp8_block":
@@ -72,9 +72,9 @@ def _quantize_blocks(wide: Tensor, format: LinearFormat, x_scale: Tensor | None)
     blocks = padded.unflatten(-1, (-1, size))
     amax = blocks.abs().amax(-1, keepdim=True)
     if kind == "nvfp4":
-        scale = (amax / E2M1_MAX).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        scale = quotient(amax, E2M1_MAX).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     elif kind == "fp8_block":
-        scale = amax / E4M3_MAX
+        scale = quotient(amax, E4M3_MAX)
     else:
         scale = decode_e8m0(floor_e8m0(amax, 2) if kind == "mxfp4" else ceil_e8m0(amax, E4M3_MAX))
     scaled = blocks / scale.clamp(min=_TINY)

@@ -22,6 +22,15 @@ _HALF_SMALLEST_NORMAL = 0x00400000
 _FLOAT_NAN = 0x7FC00000
 
 
+def quotient(x: Tensor, number: float) -> Tensor:
+    """x / number, correctly rounded on every device.
+
+    By a Python number torch divides so on the CPU, and on CUDA multiplies by the rounded reciprocal. Among 16-bit rows of 8-bit
+    values many lie between two steps exactly, and one bit of a scale decides where they go.
+    """
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
+
+
 def round_to_e2m1(x: Tensor) -> Tensor:
     """The e2m1 number next to each of x, ties to even, saturated at 6: any shape, float32 to float32; NaN stays NaN."""
     size = x.abs()
@@ -61,7 +70,7 @@ def floor_e8m0(amax: Tensor, max_exponent: int) -> Tensor:
 
 def ceil_e8m0(amax: Tensor, largest: float) -> Tensor:
     """As `floor_e8m0`, but the smallest power of two that cuts nothing off: amax / scale is at most `largest`."""
-    ratio = amax / largest
+    ratio = quotient(amax, largest)
     bits = ratio.view(torch.int32)
     exponent = ((bits >> 23) & _EXPONENT_BITS) + ((bits & _MANTISSA_BITS) != 0).to(torch.int32)
     return torch.where(amax.isfinite(), exponent.clamp(0, 254), _E8M0_NAN).to(torch.uint8)

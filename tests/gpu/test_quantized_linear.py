@@ -78,6 +78,11 @@ def check(actual: Tensor, wanted: Tensor, limit: float) -> None:
     assert torch.isfinite(actual).all() and error < limit
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor."""
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
 def is_loose(format: LinearFormat) -> bool:
     """Whether the interpreter rounds the activations in another way."""
     return INTERPRET and format.activations in ("fp8", "fp8_static", "fp8_block", "mxfp8")
@@ -147,14 +152,39 @@ def test_rounded_rows(kind: str) -> None:
     x = rows_of(6, k)
     x[2] = 0
     given = torch.tensor(0.01, device=DEVICE) if kind.endswith("_static") else None
-    values, scale = quantize_activations(x, format, given)
+    on_cpu = quantize_activations(x.cpu(), format, None if given is None else given.cpu())
+    values, scale = (None if part is None else part.to(DEVICE) for part in on_cpu)
+    assert values is not None
     rounded = round_rows(x, kind, given, torch.float32)
     actual = rounded.values
     if rounded.group_scale is not None:
         actual = actual * rounded.group_scale.repeat_interleave(128, 1)[:, :k]
+    if is_loose(format):
+        wanted = values if scale is None else values * scale
+        check(actual if rounded.scale is None else actual * rounded.scale[:, None], wanted, 0.08)
+        return
+    assert torch.equal(actual, values)
     if rounded.scale is not None:
-        actual = actual * rounded.scale[:, None]
-    check(actual, values if scale is None else values * scale, 0.08 if is_loose(format) else 1e-6)
+        assert scale is not None and torch.equal(rounded.scale, scale.flatten().expand(6))
+
+
+@pytest.mark.skipif(INTERPRET, reason="needs a GPU")
+@pytest.mark.parametrize("text", [*WEIGHTS, *ROUNDED])
+def test_definitions_give_the_same_bits_on_both_devices(text: str) -> None:
+    format = LinearFormat.parse(text if "/" in text else f"{text}/none")
+    rng = torch.Generator().manual_seed(0)
+    dense = torch.randn(256, 512, generator=rng).to(HALF)
+    there, here = quantize_weight(dense.to(DEVICE), format), quantize_weight(dense, format)
+    for name in ("values", "scale", "zero_point", "global_scale"):
+        left, right = getattr(there, name), getattr(here, name)
+        assert (left is None) == (right is None)
+        assert left is None or torch.equal(bits(left.cpu()), bits(right)), name
+    given = torch.tensor(0.01) if format.activations.endswith("_static") else None
+    left, right = (
+        quantize_activations(dense, format, given),
+        quantize_activations(dense.to(DEVICE), format, None if given is None else given.to(DEVICE)),
+    )
+    assert all(one is two is None or torch.equal(one, two.cpu()) for one, two in zip(left, right))
 
 
 def test_rows_with_nan_are_nan() -> None:

@@ -6,7 +6,7 @@
     nvfp4, mxfp4, mxfp8      out values times their blocks' scales, which 16 bits hold exactly; nvfp4 with a scale for each token
 
 Values are numbers of 8 bits or fewer; they are stored in 8 bits, or in the dtype of x where the next kernel multiplies 16 bits.
-The numerics are those of `graph.quantized_linear.quantize_activations`. A row with a NaN gets NaN for its scale.
+The numerics are those of `graph.quantized_linear.quantize_activations`, to the last bit. A row with a NaN gets NaN for its scale.
 
 For fp8 by int4, `quantize_planes` stores even columns before odd ones, and sums of groups (`packed_fp8`).
 
