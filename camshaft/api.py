@@ -40,6 +40,7 @@ def compile(
     calibration: Calibration = None,
     kv_cache_dtype: str = "auto",
     batch_invariant: bool = False,
+    hidden_layers: Sequence[int] | None = None,
     cache: bool = True,
     verify: bool = False,
     dump_dir: str | Path | None = None,
@@ -69,6 +70,8 @@ def compile(
         calibration: for recipes that need data: texts, rows of token ids, or `CalibrationData`; None: for "demo" its own text.
         kv_cache_dtype: what keys and values are stored as: "auto", the compute dtype, or "fp8", float8_e4m3fn.
         batch_invariant: a token's logits do not depend, to the last bit, on what else is in its step; CUDA only, slower.
+        hidden_layers: hidden states that every step gives besides logits (`Engine.step_outputs`): 0 the embeddings, i the output of
+            the first i layers, -1 what the head reads, behind the final norm; None: none.
         cache: reuse an equal build, and keep this one for the next ($CAMSHAFT_CACHE or ~/.cache/camshaft).
         verify: run the program after each pass on the CPU and record the error in the pass table.
         dump_dir: write the graph before and after each pass there ($CAMSHAFT_DUMP does the same).
@@ -82,10 +85,16 @@ def compile(
     if example_inputs is not None:
         from .export.module import compile_module
 
-        if quantize is not None or calibration is not None or kv_cache_dtype != "auto" or batch_invariant:
+        if (
+            quantize is not None
+            or calibration is not None
+            or kv_cache_dtype != "auto"
+            or batch_invariant
+            or hidden_layers
+        ):
             raise ValueError(
-                "quantize, calibration, kv_cache_dtype and batch_invariant are options of decoders; leave them out with "
-                "example_inputs"
+                "quantize, calibration, kv_cache_dtype, batch_invariant and hidden_layers are options of decoders; leave them "
+                "out with example_inputs"
             )
         return compile_module(model, example_inputs, target=target, device=device, dynamic_shapes=dynamic_shapes)
     from .export.build import BuildRequest, build_engine, is_decoder
@@ -115,6 +124,7 @@ def compile(
         calibration=read,
         kv_cache_dtype=kv_cache_dtype,
         batch_invariant=batch_invariant,
+        hidden_layers=tuple(hidden_layers or ()),
         use_cache=cache,
         verify=verify,
         dump_dir=Path(dump) if dump else None,

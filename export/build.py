@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -17,10 +17,13 @@ from ..graph.program import Program
 from ..graph.verify import verify_packed
 from ..models.huggingface import ModelSource, open_model, trace_decoder
 from ..passes.base import GraphPass
+from ..passes.capture_hidden import check_layers
 from ..passes.manager import PassManager
+from ..passes.match import value
 from ..passes.pipeline import decoder_passes
 from ..passes.quantization.algorithm import LayerQuantizer
 from ..passes.quantization.recipe import Recipe
+from ..passes.select_rows import head_of
 from . import cache
 from .buckets import default_buckets
 from .choose import Lowering, lower_program
@@ -76,6 +79,7 @@ class BuildRequest:
     calibration: ReadCalibration | None = None
     kv_cache_dtype: str = "auto"
     batch_invariant: bool = False
+    hidden_layers: tuple[int, ...] = ()
 
 
 def resolve_device(name: str | torch.device | None, target: str = "auto") -> torch.device:
@@ -155,6 +159,7 @@ def passes_of(config: BuildConfig, quantizer: LayerQuantizer | None = None) -> l
         kernels=kernel_support(config.target, torch.device(config.device)),
         cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
         fuse_rope=config.device == "cuda",
+        hidden_layers=config.hidden_layers,
     )
 
 
@@ -256,6 +261,7 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
     if kv_cache_dtype == "auto" and recipe is not None:
         kv_cache_dtype = recipe.kv_cache
     _check_precision(request, recipe, kv_cache_dtype, device)
+    check_layers(request.hidden_layers, None, source.name)
     return BuildConfig(
         target=request.target,
         device=device.type,
@@ -269,6 +275,7 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
         quantize=recipe_data(recipe),
         kv_cache_dtype=kv_cache_dtype,
         batch_invariant=request.batch_invariant,
+        hidden_layers=request.hidden_layers,
     )
 
 
@@ -352,6 +359,7 @@ def _facts(source: ModelSource, program: Program) -> ModelFacts:
     output = next(node for node in program.graph.nodes if node.op == "output")
     logits: fx.Node = output.args[0][0]
     info = source.info
+    head = head_of(logits)
     return ModelFacts(
         name=source.name,
         architecture=info["architecture"],
@@ -360,6 +368,7 @@ def _facts(source: ModelSource, program: Program) -> ModelFacts:
         vocab_size=int(logits.meta["val"].shape[-1]),
         eos_token_ids=source.eos_token_ids,
         max_positions=source.max_positions,
+        hidden_size=None if head is None else int(value(cast(fx.Node, head.args[0])).shape[-1]),
         num_parameters=sum(_count(program.weights[spec.key].shape) for _, spec in program.placeholders("weight")),
     )
 

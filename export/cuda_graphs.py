@@ -12,7 +12,7 @@ A step runs in the smallest shape that holds it. What it lacks has no rows and w
 
     query_start  [0, q1, ..., T, T, ..., T]     seq_lens  [l0, ..., l(S-1), 0, ..., 0]     slot_mapping  [..., -1, -1]
 
-All graphs share one memory pool and one buffer of logits: they run one after another, on one stream.
+All graphs share one memory pool, one buffer of logits and one of hidden states: they run one after another, on one stream.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ from .buckets import (
 )
 from .executor import StepContext
 from .kernels.errors import and_kernel_errors, reason_of
+from .step_outputs import StepOutputs
 
 if TYPE_CHECKING:
     from .execution import StepSizes
 
 logger = logging.getLogger(__name__)
 
-Launch = Callable[[Mapping[str, Tensor], StepContext], Tensor]
-"""Launches a step on the current stream: (plan inputs by name, metadata) -> logits [R, V] in the compute dtype."""
+Launch = Callable[[Mapping[str, Tensor], StepContext], tuple[Tensor, list[Tensor]]]
+"""Launches a step on the current stream: (plan inputs by name, metadata) -> logits [R, V] in the compute dtype, and hidden
+states [1, T, H] in the order of the build's `hidden_layers`."""
 
 
 _USES_BEFORE_CAPTURE = 8
@@ -95,6 +97,8 @@ class StepGraphs:
         self._lens, self._starts = zeros(most, dtype=torch.int32), zeros(most + 1, dtype=torch.int32)
         self._sample_rows = zeros(sizes.padded("R", most), dtype=torch.int64)
         self._logits: Tensor | None = None
+        self._hidden: Tensor | None = None
+        """[T, L, H] of the largest step, where there are hidden states."""
         self._verify_rows: Tensor | None = None
         self._verify_logits: Tensor | None = None
         """As the two above, of steps that verify drafts: more rows, made when the first is captured."""
@@ -135,8 +139,8 @@ class StepGraphs:
         sequences = bucket_of(self._row_sizes, count)
         return StepShape(bucket_of(self._mixed_sizes, max(tokens, sequences)), sequences, sequences, False)
 
-    def run(self, batch: Any) -> Tensor | None:
-        """Logits [R, V] of a batch, replayed; None if no captured shape holds it yet: then the caller launches it."""
+    def run(self, batch: Any) -> StepOutputs | None:
+        """The results of a batch, replayed; None if no captured shape holds it yet: then the caller launches it."""
         shape = self._captured(batch)
         if shape is None:
             return None
@@ -144,7 +148,8 @@ class StepGraphs:
         self._graphs[shape].replay()
         _, logits = self._outputs(shape)
         assert logits is not None
-        return logits[: batch.sample_rows.shape[0]]
+        hidden = None if self._hidden is None else self._hidden[: batch.token_ids.shape[0]].clone()
+        return StepOutputs(logits[: batch.sample_rows.shape[0]], hidden)
 
     def _captured(self, batch: Any) -> StepShape | None:
         """The shape with a graph that a batch runs in; captures one if it is time to."""
@@ -214,7 +219,7 @@ class StepGraphs:
         values, context = self._inputs(shape)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            logits = self._launch(values, context)  # compiles kernels and opens engines, which a capture cannot
+            logits, states = self._launch(values, context)  # compiles kernels and opens engines, which a capture cannot
         self._stream.synchronize()
         if self._outputs(shape)[1] is None:
             made = logits.new_zeros(sample_rows.shape[0], logits.shape[1])
@@ -222,12 +227,18 @@ class StepGraphs:
                 self._verify_logits = made
             else:
                 self._logits = made
+        if self._hidden is None and states:
+            self._hidden = states[0].new_zeros(self._tokens.shape[0], len(states), states[0].shape[-1])
         result = self._outputs(shape)[1]
         assert result is not None
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # thread_local: what other threads ask of CUDA meanwhile is no part of the capture, and does not end it
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result[: values["sample_rows"].shape[0]].copy_(self._launch(values, context))
+            logits, states = self._launch(values, context)
+            result[: values["sample_rows"].shape[0]].copy_(logits)
+            for number, state in enumerate(states):
+                assert self._hidden is not None
+                self._hidden[: state.shape[1], number].copy_(state[0])
 
     def _inputs(self, shape: StepShape) -> tuple[dict[str, Tensor], StepContext]:
         """The part of the buffers that a shape reads."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..graph.display import PLUMBING, Row, details_html, pass_table_html, svg_html, table_html
 from ..graph.drawing import Box, draw
+from ..passes.capture_hidden import HEAD_INPUT
 from .segment import AttentionStep, Plan, Segment, SegmentStep
 
 if TYPE_CHECKING:
@@ -44,12 +46,20 @@ def _facts(engine: Engine) -> list[Row]:
         ("target", f"{build.target} on {build.device}, {build.dtype}"),
         ("weights", f"{engine.weights_bytes / 1e6:.1f} MB"),
         ("small steps", engine.native_step),
+        *([("hidden states", hidden_text(build.hidden_layers))] if build.hidden_layers else []),
         ("limits", f"{build.max_seq_len} tokens a sequence, {build.max_sequences} sequences and "
                    f"{build.max_batch_tokens} tokens a step"),
         ("hardware", hardware),
         ("versions", f"camshaft {manifest.camshaft_version}, {versions}"),
         ("built in", f"{sum(seconds.values()):.2f} s{reused}: {phases}"),
     ]  # fmt: skip
+
+
+def hidden_text(layers: Sequence[int]) -> str:
+    """The hidden states of a build: "after layers 2, 4, 6; behind the final norm"."""
+    inner = [str(layer) for layer in layers if layer != HEAD_INPUT]
+    parts = [f"after layers {', '.join(inner)}"] if inner else []
+    return "; ".join([*parts, *(["behind the final norm"] if HEAD_INPUT in layers else [])])
 
 
 def _cache_table(engine: Engine) -> str:

@@ -22,6 +22,7 @@ from .execution import Execution, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
 from .segment import Plan
+from .step_outputs import StepOutputs
 
 if TYPE_CHECKING:
     from ..graph.display import PassTable
@@ -107,6 +108,11 @@ class Engine:
     def block_size(self) -> int:
         """Tokens in a KV block."""
         return self.config.block_size
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """The hidden states that `step_outputs` gives, in their order; see `passes/capture_hidden.py`."""
+        return self.config.hidden_layers
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -213,6 +219,7 @@ class Engine:
         return (
             self.activation_bytes()
             + 4 * rows * self.vocab_size
+            + self._hidden_bytes()
             + graphs * len(self.plan.steps) * _BYTES_PER_CAPTURED_STEP
         )
 
@@ -234,11 +241,15 @@ class Engine:
 
         The logits of a captured decode step are overwritten by the next one.
         """
+        return self.step_outputs(batch).logits
+
+    def step_outputs(self, batch: Any) -> StepOutputs:
+        """As `step`, with the hidden states of all rows of the batch where the engine was built with `hidden_layers`."""
         execution = self.prepare()
         if not execution.executor.caches and self.manifest.cache.layers:
             raise ValueError("the engine has no KV cache yet; call bind_cache, or use camshaft.LLM")
         if self._native is not None and self._native.takes(batch):
-            return self._native.step(batch, execution.executor.caches)
+            return self._native.step_outputs(batch, execution.executor.caches)
         return execution.step(batch)
 
     def activation_bytes(self) -> int:
@@ -258,7 +269,12 @@ class Engine:
                     width += max(sizes)
             widest = max(widest, width)
         rows = self.max_batch_tokens * widest * itemsize
-        return 2 * rows + 3 * self.max_sequences * self.vocab_size * 4
+        return 2 * rows + 3 * self.max_sequences * self.vocab_size * 4 + self._hidden_bytes()
+
+    def _hidden_bytes(self) -> int:
+        """Size of the hidden states that a full step gives, in bytes."""
+        width = len(self.hidden_layers) * (self.manifest.model.hidden_size or 0)
+        return self.max_batch_tokens * width * getattr(torch, self.config.dtype).itemsize
 
     # ------------------------------------------------------------------------------------------------------------- save
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:

@@ -1,6 +1,6 @@
 """Execution: a plan on its device, one step at a time. Steps are padded to the sizes that the opened engines take.
 
-    batch of T tokens, R rows -> padded to (T', R') -> executor -> logits [R, V]
+    batch of T tokens, R rows -> padded to (T', R') -> executor -> logits [R, V], hidden states [T, L, H]
 
 On CUDA a step is a graph that was captured for its shape (`cuda_graphs`); others are launched piece by piece.
 """
@@ -22,6 +22,7 @@ from .buckets import Bucketed, bucket_of, captured_sizes, varying_sizes
 from .executor import Executor, StepContext
 from .manifest import EngineFile, Manifest
 from .segment import Plan
+from .step_outputs import StepOutputs, stack_hidden
 from .targets.base import Lowered, get_target
 
 if TYPE_CHECKING:
@@ -150,12 +151,12 @@ class Execution:
         open_together(list(self._lowered.values()), sizes)
 
     @torch.inference_mode()
-    def step(self, batch: Any) -> Tensor:
-        """Logits [R, V] of a runtime Batch, of the dtype in which the model computes them; keys and values are written."""
-        if self._graphs is not None and (logits := self._graphs.run(batch)) is not None:
-            return logits
-        num_rows = batch.sample_rows.shape[0]
-        tokens = self._sizes.padded("T", batch.token_ids.shape[0]) - batch.token_ids.shape[0]
+    def step(self, batch: Any) -> StepOutputs:
+        """Logits, and hidden states where the plan has some, of a runtime Batch; keys and values are written."""
+        if self._graphs is not None and (outputs := self._graphs.run(batch)) is not None:
+            return outputs
+        num_tokens, num_rows = batch.token_ids.shape[0], batch.sample_rows.shape[0]
+        tokens = self._sizes.padded("T", num_tokens) - num_tokens
         rows = (
             self._sizes.padded("R", max(num_rows, 1)) - num_rows
         )  # a chunk inside a prompt: one row, which is dropped
@@ -169,11 +170,12 @@ class Execution:
             "sample_rows": _pad(batch.sample_rows, rows, 0),
         }
         with self._on_stream():
-            return self._launch(values, context)[:num_rows]
+            logits, states = self._launch(values, context)
+            return StepOutputs(logits[:num_rows], stack_hidden(states, num_tokens))
 
-    def _launch(self, values: Mapping[str, Tensor], context: StepContext) -> Tensor:
-        logits = self.executor.run([values[name] for name in self._inputs], context)[0]
-        return logits[0]
+    def _launch(self, values: Mapping[str, Tensor], context: StepContext) -> tuple[Tensor, list[Tensor]]:
+        logits, *states = self.executor.run([values[name] for name in self._inputs], context)
+        return logits[0], states
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:

@@ -49,6 +49,8 @@ class BuildConfig:
     """What keys and values are stored as: "auto" the compute dtype, "fp8" float8_e4m3fn."""
     batch_invariant: bool = False
     """Whether a token's result must not depend, to the last bit, on what else is in its step; CUDA only."""
+    hidden_layers: tuple[int, ...] = ()
+    """Hidden states that steps give besides the logits, see `passes/capture_hidden.py`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ class ModelFacts:
     max_positions: int | None
     """Longest sequence that the model knows, in tokens."""
     num_parameters: int
+    hidden_size: int | None = None
+    """Width of what the head reads, and of hidden states; None where no linear layer makes the logits."""
     config: dict[str, Any] = field(default_factory=dict)
     """The Hugging Face config, as it differs from the defaults."""
 
@@ -150,7 +154,7 @@ class Manifest:
             )
             model = data.pop("model")
             build = data.pop("build")
-            lists = {key: tuple(build.get(key, ())) for key in ("buckets", "capabilities")}
+            lists = {key: tuple(build.get(key, ())) for key in ("buckets", "capabilities", "hidden_layers")}
             return cls(
                 build=BuildConfig(**{**build, **lists}),
                 engines=tuple(EngineFile(**entry) for entry in data.pop("engines")),

@@ -70,12 +70,14 @@ def _key(tensor: Tensor) -> int:
 class Program:
     """Instructions of one (T, R), and where their buffers lie in the arena.
 
-    inputs: per name of the plan's inputs, its buffer; output: the logits, contiguous [1, R, V].
+    inputs: per name of the plan's inputs, its buffer; output: the logits, contiguous [1, R, V]; hidden: hidden states, contiguous
+    [1, T, H] each.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     output: Tensor | None = None
+    hidden: list[Tensor] = field(default_factory=list)
     arena_bytes: int = 0
     _buffers: dict[int, _Buffer] = field(default_factory=dict)
     _alive: list[Tensor] = field(default_factory=list)
@@ -124,6 +126,11 @@ class Program:
         if not tensor.is_meta:
             return tensor.data_ptr()
         return arena + self._buffers[_key(tensor)].offset + int(tensor.storage_offset()) * tensor.element_size()
+
+    def view(self, tensor: Tensor, arena: Tensor, base: int) -> Tensor:
+        """A contiguous float32 tensor of the program, where it lies in the arena [bytes] whose buffers begin at address `base`."""
+        begin = self.address(tensor, base) - arena.data_ptr()
+        return arena[begin : begin + 4 * tensor.numel()].view(torch.float32).view(tensor.shape)
 
     def pack(self, arena: int, attention: int) -> tuple[bytes, bytes]:
         """The instructions as step.c reads them, and the arguments of attention, which will lie at `attention`."""
@@ -182,11 +189,14 @@ def translate(
             continue
         operands = [slots[name] for name in step.inputs] + [weights[name] for name in step.weights]
         slots.update(zip(step.outputs, _segment(plan, step, translator, operands)))
-    (output,) = (slots[name] for name in plan.outputs)
-    if not output.is_meta or output.dtype != torch.float32:
-        raise Unsupported(f"an output in {output.dtype}")
+    output, *hidden = (slots[name] for name in plan.outputs)
+    for tensor in (output, *hidden):
+        if not tensor.is_meta or tensor.dtype != torch.float32:
+            raise Unsupported(f"an output in {tensor.dtype}")
     program.output = translator.contiguous(output)
-    program.touch(program.output, len(program.instructions))
+    program.hidden = [translator.contiguous(tensor) for tensor in hidden]
+    for tensor in (program.output, *program.hidden):
+        program.touch(tensor, len(program.instructions))
     program.place()
     return program
 

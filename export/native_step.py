@@ -26,6 +26,7 @@ from .native_ops import supported
 from .native_program import Program, Unsupported, translate
 from .native_weights import WeightStore
 from .segment import Plan
+from .step_outputs import StepOutputs, stack_hidden
 
 if TYPE_CHECKING:
     from ..graph.program import CacheSpec
@@ -125,7 +126,11 @@ class NativeStep:
         return batch.token_ids.shape[0] <= self.max_tokens and batch.sample_rows.shape[0] > 0
 
     def step(self, batch: Any, caches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Writes keys and values of a runtime Batch and returns its logits [R, V] float32.
+        """As `step_outputs`; the logits [R, V] alone."""
+        return self.step_outputs(batch, caches).logits
+
+    def step_outputs(self, batch: Any, caches: Sequence[tuple[Tensor, Tensor]]) -> StepOutputs:
+        """Writes keys and values of a runtime Batch and returns its logits [R, V] and hidden states, both float32.
 
         Raises ValueError for token ids, slots or block tables outside their ranges.
         """
@@ -142,7 +147,7 @@ class NativeStep:
             status = self._run(self._pool, ready.buffer)
             if status:
                 ready.fail(status, batch, caches)
-        return logits
+            return StepOutputs(logits, stack_hidden(ready.hidden, num_tokens))
 
     def _write(self, num_tokens: int, num_rows: int) -> _Ready:
         assert self._caches is not None
@@ -173,6 +178,7 @@ class _Ready:
         self.places = [0 if tensor is None else program.address(tensor, base) for tensor in self.inputs]
         assert program.output is not None
         self.result = program.address(program.output, base)
+        self.hidden = [program.view(tensor, arena, base) for tensor in program.hidden]
         self.head = (ctypes.addressof(self.code), len(program.instructions))
         self.groups = ctypes.create_string_buffer(_GROUP.size * max(num_groups, 1))
 

@@ -6,6 +6,7 @@ import torch
 
 from .base import GraphPass
 from .bind_stored_weights import BindStoredWeights
+from .capture_hidden import CaptureHidden
 from .fold_channel_factor import FoldChannelFactor
 from .fuse_add_norm import FuseAddNorm
 from .fuse_glu import FuseGlu
@@ -66,13 +67,16 @@ def decoder_passes(
     kernels: KernelSupport | None = None,
     cache_dtype: torch.dtype | None = None,
     fuse_rope: bool = False,
+    hidden_layers: tuple[int, ...] = (),
 ) -> list[GraphPass]:
     """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out.
 
     quantize: recipe of linear layers, None: as the checkpoint has them; quantizer, kernels: see `quantize_passes`. cache_dtype: of
     keys and values, None: the one they are computed in. fuse_rope: attention turns queries and keys itself (CUDA's kernels can).
+    hidden_layers: whose hidden states are further outputs (`capture_hidden`).
     """
     return [
+        *([CaptureHidden(hidden_layers)] if hidden_layers else []),
         *canonicalize_passes(),
         *fuse_passes(),
         *(stored_passes(kernels) if quantize is None else quantize_passes(quantize, quantizer, kernels)),

@@ -33,7 +33,8 @@ def batch_of(engine: Engine, prompts: Sequence[Sequence[int]], chunks: Sequence[
         token_ids=torch.tensor([prompts[s][i] for s, first, end in chunks for i in range(first, end)], device=device),
         positions=positions.to(device),
         groups=tuple(
-            GroupMetadata(slots.to(device), tables[:, : -(-longest // size)].to(device)) for _ in engine.cache_groups
+            GroupMetadata(slots.to(device), tables[:, : -(-longest // size)].contiguous().to(device))
+            for _ in engine.cache_groups
         ),
         query_start=rows.cumsum(0).int().to(device),
         seq_lens=ends.to(device),

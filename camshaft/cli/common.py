@@ -254,7 +254,7 @@ def pass_table(passes: Sequence[PassRecord]) -> Table:
 
 
 def precision_text(build: BuildConfig) -> str:
-    """What a build computes in: "bfloat16, fp8 linear layers, fp8 KV cache, batch-invariant"."""
+    """What a build computes in: "bfloat16, fp8 linear layers, fp8 KV cache, batch-invariant, hidden states after layers 2, 4"."""
     parts = [build.dtype]
     if build.quantize is not None:
         from ..export.quantization import recipe_text
@@ -264,6 +264,10 @@ def precision_text(build: BuildConfig) -> str:
         parts.append(f"{build.kv_cache_dtype} KV cache")
     if build.batch_invariant:
         parts.append("batch-invariant")
+    if build.hidden_layers:
+        from ..export.display import hidden_text
+
+        parts.append(f"hidden states {hidden_text(build.hidden_layers)}")
     return ", ".join(parts)
 
 
