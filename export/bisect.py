@@ -329,6 +329,7 @@ class _RowBatch:
     sample_rows: Tensor
     max_query_len: int
     max_seq_len: int
+    tree_mask: Tensor | None = None
 
 
 def check_engine(

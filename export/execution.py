@@ -163,6 +163,7 @@ class Execution:
         context = StepContext(
             [(_pad(group.slot_mapping, tokens, -1), group.block_tables) for group in batch.groups],
             batch.query_start, batch.seq_lens, batch.max_query_len, batch.max_seq_len,
+            None if batch.tree_mask is None else _pad(batch.tree_mask, tokens, 0),
         )  # fmt: skip
         values = {
             "token_ids": _pad(batch.token_ids, tokens, 0)[None],

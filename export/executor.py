@@ -24,6 +24,8 @@ class StepContext:
     seq_lens: Tensor
     max_query_len: int
     max_seq_len: int
+    tree_mask: Tensor | None = None
+    """[T] int64 what rows of token trees see of their own sequence's rows, see kernels/reference.py; None: no trees."""
 
 
 Operation = Callable[[list[Tensor | None], StepContext | None], None]
@@ -114,6 +116,7 @@ class Executor:
                 max_query_len=context.max_query_len,
                 max_seq_len=context.max_seq_len,
                 rope=rope,
+                tree_mask=context.tree_mask,
                 batch_invariant=self._batch_invariant,
                 state=self._attention_state,
             )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .native_weights import WeightStore
 
 _INSTRUCTION = struct.Struct("@3q4q2q2d" + "P4q" * 5)  # instr_t in step_ops.c
-_ATTENTION = struct.Struct("@12P24q2d")  # args_t in cpu.c
+_ATTENTION = struct.Struct("@13P24q2d")  # args_t in cpu.c
 _ALIGN = 64
 _META = torch.device("meta")
 OPS = ("COPY", "UNARY", "BINARY", "BINARY_INT", "GATHER", "RMS_NORM", "LAYER_NORM", "MEAN", "ROPE", "GLU", "MATMUL",
@@ -155,7 +155,7 @@ class Program:
         num_blocks, block_size, num_kv_heads, value_dim = v_cache.shape
         return _ATTENTION.pack(
             *(self.address(tensor, arena) for tensor in (q, k, v)), k_cache.data_ptr(), v_cache.data_ptr(), 0, 0, 0, 0,
-            *extra, self.address(out, arena),
+            *extra, 0, self.address(out, arena),
             *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], *k_cache.stride()[:3], *v_cache.stride()[:3], 0,
             q.shape[1], 0, q.shape[2], num_kv_heads, q.shape[3], value_dim,
             num_blocks, block_size, 0, call["window"], 1, call["scale"], call["softcap"],

@@ -41,7 +41,7 @@ _MAX_PROGRAMS = 32
 _TARGETS = ("onnxruntime", "inductor")
 """Targets whose small steps may run natively: eager is what others are compared with, and a new target should see its work."""
 _SOURCE = Path(__file__).parent / "kernels" / "step.c"
-_STEP = struct.Struct("@P2q" + "2Pq" * 4 + "2PqP2q")  # step_t in step.c
+_STEP = struct.Struct("@P2q" + "2Pq" * 4 + "3PqP2q")  # step_t in step.c
 _GROUP = struct.Struct("@2P2q")  # group_t in step.c
 _BAD_INDEX = 6
 _ALIGN = 64
@@ -196,7 +196,8 @@ class _Ready:
             positions, batch.positions.data_ptr(), size if positions else 0,
             rows, batch.sample_rows.data_ptr(), rows_size if rows else 0,
             logits.data_ptr(), self.result, logits.numel() * 4,
-            batch.query_start.data_ptr(), batch.seq_lens.data_ptr(), batch.seq_lens.shape[0],
+            batch.query_start.data_ptr(), batch.seq_lens.data_ptr(),
+            0 if batch.tree_mask is None else batch.tree_mask.data_ptr(), batch.seq_lens.shape[0],
             ctypes.addressof(self.groups), 0, 0,
         )  # fmt: skip
 
@@ -236,16 +237,19 @@ def _check_batch(batch: Any, num_tokens: int) -> None:
                 f"block_tables {tables.dtype} {list(tables.shape)} do not fit {num_tokens} tokens of "
                 f"{batch.seq_lens.shape[0]} sequences; needed: int64 [T], int32 [S, W], contiguous"
             )
-    longs, shorts = (batch.token_ids, batch.positions, batch.sample_rows), (batch.query_start, batch.seq_lens)
+    masks = () if batch.tree_mask is None else (batch.tree_mask,)
+    longs = (batch.token_ids, batch.positions, batch.sample_rows, *masks)
+    shorts = (batch.query_start, batch.seq_lens)
     if (
         batch.positions.shape[0] != num_tokens
+        or any(mask.shape[0] != num_tokens for mask in masks)
         or batch.query_start.shape[0] != batch.seq_lens.shape[0] + 1
         or any(tensor.dtype != torch.int64 for tensor in longs)
         or any(tensor.dtype != torch.int32 for tensor in shorts)
     ):
         raise ValueError(
-            "a step needs token_ids [T], positions [T] and sample_rows in int64, query_start [S + 1] and seq_lens [S] in "
-            f"int32; got {[(str(tensor.dtype), list(tensor.shape)) for tensor in (*longs, *shorts)]}"
+            "a step needs token_ids [T], positions [T], sample_rows and tree_mask [T] or None in int64, query_start [S + 1] and "
+            f"seq_lens [S] in int32; got {[(str(tensor.dtype), list(tensor.shape)) for tensor in (*longs, *shorts)]}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +34,15 @@ def make_case(
     block_size: int = 16, window: int = 0, softcap: float = 0.0, sinks: bool = False, alibi: bool = False,
     padding: int = 0, fused_qkv: bool = False, shared_blocks: int = 0, dtype: torch.dtype = torch.float32,
     device: str = "cpu", seed: int = 0, score_scale: float = 1.0, cache_dtype: torch.dtype | None = None,
-    head_major: bool = False,
+    head_major: bool = False, trees: bool = False,
 ) -> Case:  # fmt: skip
     """A batch of sequences given as (query rows, tokens after the step), with shuffled blocks and NaN in unused slots.
 
     `shared_blocks`: that many first blocks are the same for all sequences. `fused_qkv`: q, k, v are slices of one
     buffer. Blocks that lie wholly behind the window are freed: their table entries point at block 0, full of NaN.
     `cache_dtype`: of the caches, if it is not `dtype`; keys and values are numbers that it holds exactly.
-    `head_major`: blocks lie in memory as [kv heads, block size, dim].
+    `head_major`: blocks lie in memory as [kv heads, block size, dim]. `trees`: two of three sequences of 2 to 64 rows are
+    token trees, with a `tree_mask`.
     """
     rng = torch.Generator().manual_seed(seed)
     value_dim = value_dim or dim
@@ -94,6 +96,10 @@ def make_case(
         "query_start": torch.tensor(starts, dtype=torch.int32),
         "seq_lens": torch.tensor([length for _, length in lengths], dtype=torch.int32),
     }  # fmt: skip
+    if trees:
+        tensors["tree_mask"] = torch.tensor(
+            _tree_masks([n for n, _ in lengths], seed) + [0] * padding, dtype=torch.int64
+        )
     options: dict[str, Any] = {
         "scale": score_scale * dim**-0.5, "window": window, "softcap": softcap,
         "sinks": torch.randn(heads, generator=rng).to(device) if sinks else None,
@@ -111,6 +117,31 @@ def make_case(
     return Case(tensors, options, dense)
 
 
+def _tree_masks(counts: list[int], seed: int) -> list[int]:
+    """A mask for every row: of sequences of `counts` rows, some are random trees behind up to two rows of text."""
+    rng, masks = random.Random(seed), []
+    for s, count in enumerate(counts):
+        if s % 3 == 2 or not 2 <= count <= 64:
+            masks += [0] * count
+            continue
+        own: list[int] = []
+        for row in range(count):
+            parent = row - 1 if row < s % 3 else rng.randrange(max(0, row - 6), row) if row else -1
+            own.append((own[parent] if row else 0) | 1 << row)
+        masks += [mask - (1 << 64) if mask >> 63 else mask for mask in own]
+    return masks
+
+
+def _walk_paths(masks: list[int], done: int, behind: Tensor, hidden: Tensor) -> None:
+    """Corrects [n, L] distances and what is hidden for the rows of trees: their texts are the context and their ancestors."""
+    for row, mask in enumerate(masks):
+        if mask:
+            path = [*range(done), *(done + j for j in range(row + 1) if mask >> j & 1)]
+            hidden[row] = True
+            hidden[row, path] = False
+            behind[row, path] = torch.arange(len(path)).flip(0)
+
+
 def dense_attention(case: Case) -> Tensor:
     """The same attention from the dense tokens, in float64 on the CPU, one head and sequence at a time."""
     o, q = case.options, case.tensors["q"].double().cpu()
@@ -121,16 +152,18 @@ def dense_attention(case: Case) -> Tensor:
         n, length = starts[s + 1] - starts[s], keys.shape[0]
         i = torch.arange(length - n, length)[:, None]
         j = torch.arange(length)[None, :]
-        hidden = j > i
+        behind, hidden = i - j, j > i
+        if "tree_mask" in case.tensors:
+            _walk_paths(case.tensors["tree_mask"][starts[s] : starts[s + 1]].tolist(), length - n, behind, hidden)
         if o["window"]:
-            hidden = hidden | (i - j >= o["window"])
+            hidden = hidden | (behind >= o["window"])
         for h in range(heads):
             kv = h // (heads // keys.shape[1])
             score = q[starts[s] : starts[s + 1], h] @ keys[:, kv].double().T * o["scale"]
             if o["softcap"]:
                 score = o["softcap"] * torch.tanh(score / o["softcap"])
             if o["alibi_slopes"] is not None:
-                score = score + o["alibi_slopes"][h].double().cpu() * (j - i)
+                score = score - o["alibi_slopes"][h].double().cpu() * behind
             weight = torch.exp(score.masked_fill(hidden, float("-inf")))
             below = weight.sum(1, keepdim=True)
             if o["sinks"] is not None:

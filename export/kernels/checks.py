@@ -20,6 +20,7 @@ def check_arguments(
     alibi_slopes: Tensor | None,
     window: int,
     softcap: float,
+    tree_mask: Tensor | None = None,
 ) -> None:
     """Check ranks, shapes, dtypes, strides and devices of `paged_attention`'s arguments, not the tensors' values.
 
@@ -57,6 +58,13 @@ def check_arguments(
             raise ValueError(
                 f"paged_attention: {name} is {optional.dtype} on {optional.device} with strides {optional.stride()}; "
                 f"it must be contiguous float32 on {q.device}"
+            )
+    if tree_mask is not None:
+        expected.append(("tree_mask", tree_mask, (num_tokens,)))
+        if tree_mask.dtype != torch.int64 or tree_mask.device != q.device or not tree_mask.is_contiguous():
+            raise ValueError(
+                f"paged_attention: tree_mask is {tree_mask.dtype} on {tree_mask.device} with strides {tree_mask.stride()}; "
+                f"it must be contiguous int64 on {q.device}"
             )
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:

@@ -49,6 +49,7 @@ typedef struct {
     const int64_t *slot_mapping;
     const int32_t *block_tables, *query_start, *seq_lens;
     const float *sinks, *alibi_slopes; /* NULL: none */
+    const uint64_t *tree_mask;         /* NULL: none */
     float *out;                        /* [T, H, Dv], contiguous */
     int64_t q_token, q_head, k_token, k_head, v_token, v_head; /* strides, in elements */
     int64_t kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head, table_row;
@@ -277,25 +278,44 @@ static scratch_t *scratch_get(int64_t m, int64_t head_dim, int64_t value_dim) {
     return s;
 }
 
-/* One row of scores for keys j0 .. j0+n-1 (room for `padded`): softcap, alibi, mask, exponentials, running state.
- * lo and hi bound the visible columns; dist is (j0 - the row's position). Returns the factor for the output so far. */
-static float softmax_row(float *scores, int64_t lo, int64_t hi, int64_t padded, float softcap, float slope, int64_t dist,
-                         float *maximum, float *sum) {
-    const float inf = __builtin_inff();
-    vf top_v = splat(-inf), lanes;
-    for (int l = 0; l < LANES; l++) lanes[l] = (float)l;
-    if (hi <= lo) {
-        memset(scores, 0, sizeof(float) * (size_t)padded);
-        return 1.0f;
-    }
+INLINE void cap_scores(float *scores, int64_t padded, float softcap) {
     if (softcap != 0.0f)
         for (int64_t j = 0; j < padded; j += LANES)
             store(scores + j, tanh_v(load(scores + j) * (1.0f / softcap)) * softcap);
+}
+
+/* One row of scores for keys j0 .. j0+n-1 (room for `padded`): softcap, alibi, mask. lo and hi bound the visible columns; dist
+ * is (j0 - the row's position). */
+static void shape_row(float *scores, int64_t lo, int64_t hi, int64_t padded, float softcap, float slope, int64_t dist) {
+    const float inf = __builtin_inff();
+    vf lanes;
+    for (int l = 0; l < LANES; l++) lanes[l] = (float)l;
+    cap_scores(scores, padded, softcap);
     if (slope != 0.0f)
         for (int64_t j = 0; j < padded; j += LANES)
             store(scores + j, load(scores + j) + (lanes + (float)(dist + j)) * slope);
     for (int64_t j = 0; j < lo; j++) scores[j] = -inf;
     for (int64_t j = hi; j < padded; j++) scores[j] = -inf;
+}
+
+/* The same for a row of a token tree, which sees the rows of `mask`, itself the last, and the `before` tokens in front of them.
+ * Ancestors between two rows are the bits between theirs. */
+static void shape_tree_row(float *scores, uint64_t mask, int64_t before, int64_t j0, int64_t n, int64_t padded, int64_t window,
+                           float softcap, float slope) {
+    const int64_t position = before + __builtin_popcountll(mask) - 1;
+    cap_scores(scores, padded, softcap);
+    for (int64_t j = 0; j < padded; j++) {
+        const int64_t row = j0 + j - before, distance = row < 0 ? position - j0 - j
+                                                      : row < 63 ? __builtin_popcountll(mask >> (row + 1)) : 0;
+        const int seen = j < n && (row < 0 || (row < 64 && mask >> row & 1)) && (!window || distance < window);
+        scores[j] = seen ? scores[j] - slope * (float)distance : -__builtin_inff();
+    }
+}
+
+/* Exponentials of a row of shaped scores, and the running state. Returns the factor for the output so far. */
+static float softmax_row(float *scores, int64_t padded, float *maximum, float *sum) {
+    const float inf = __builtin_inff();
+    vf top_v = splat(-inf);
     for (int64_t j = 0; j < padded; j += LANES) {
         vf s = load(scores + j);
         top_v = pick(s > top_v, s, top_v);
@@ -331,6 +351,12 @@ INLINE void locate_rows(const args_t *a, const int32_t *table, int64_t kv, int64
     }
 }
 
+/* 0 for a row of a text, otherwise which rows of its sequence a row of a token tree sees, none behind itself. */
+INLINE uint64_t tree_of(const args_t *a, int64_t row, int64_t row_in_sequence) {
+    const uint64_t mask = a->tree_mask ? a->tree_mask[row] : 0;
+    return row_in_sequence < 63 ? mask & (((uint64_t)2 << row_in_sequence) - 1) : mask;
+}
+
 /* Rows [row, row + num_rows) of the packed batch, at positions from `position` on, for one kv head. */
 static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64_t row, int64_t num_rows, int64_t position) {
     const int64_t group = a->num_heads / a->num_kv_heads, dim = a->head_dim, vdim = a->value_dim;
@@ -346,8 +372,9 @@ static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64
     memset(t->q + m * dim, 0, sizeof(float) * (size_t)((whole - m) * dim));
     memset(t->out, 0, sizeof(float) * (size_t)(m * vdim));
 
-    const int64_t end = position + num_rows;
-    for (int64_t j0 = a->window ? max64(0, position - a->window + 1) : 0; j0 < end; j0 += TILE_KEYS) {
+    const int64_t end = position + num_rows, first_row = row - a->query_start[seq], before = position - first_row;
+    const int64_t seen_from = a->tree_mask ? before : position; /* the first row's position, at least */
+    for (int64_t j0 = a->window ? max64(0, seen_from - a->window + 1) : 0; j0 < end; j0 += TILE_KEYS) {
         const int64_t n = min64(TILE_KEYS, end - j0), padded = (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
         locate_rows(a, table, kv, j0, n, t->key_rows, t->value_rows);
         for (int64_t j = n; j < padded; j++) t->key_rows[j] = t->key_rows[n - 1]; /* computed, then masked */
@@ -361,8 +388,15 @@ static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64
             const int64_t at = position + i / group, hi = min64(n, at - j0 + 1);
             const int64_t lo = a->window ? max64(0, at - a->window + 1 - j0) : 0;
             const float slope = a->alibi_slopes ? a->alibi_slopes[head + i % group] : 0.0f;
-            float factor = softmax_row(t->scores + i * TILE_KEYS, lo, hi, padded, softcap, slope, j0 - at, t->maximum + i,
-                                       t->sum + i);
+            const uint64_t tree = tree_of(a, row + i / group, first_row + i / group);
+            float *scores = t->scores + i * TILE_KEYS;
+            if (!tree && hi <= lo) {
+                memset(scores, 0, sizeof(float) * (size_t)padded);
+                continue;
+            }
+            if (tree) shape_tree_row(scores, tree, before, j0, n, padded, a->window, softcap, slope);
+            else shape_row(scores, lo, hi, padded, softcap, slope, j0 - at);
+            const float factor = softmax_row(scores, padded, t->maximum + i, t->sum + i);
             if (factor != 1.0f)
                 for (int64_t d = 0; d < vdim; d++) t->out[i * vdim + d] *= factor;
         }

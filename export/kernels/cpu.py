@@ -21,7 +21,7 @@ from .checks import check_arguments
 from .native import NativeBuildError, NativeLibrary, build_library, loaded_openmp_runtimes
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_LAYOUT = struct.Struct("@12P24q2d")  # args_t in cpu.c
+_LAYOUT = struct.Struct("@13P24q2d")  # args_t in cpu.c
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ def paged_attention(
     alibi_slopes: Tensor | None = None,
     max_query_len: int,
     max_seq_len: int,
+    tree_mask: Tensor | None = None,
     num_threads: int | None = None,
 ) -> Tensor:
     """`reference.paged_attention` for float32 tensors on the CPU; the arguments are the same, and `num_threads`.
@@ -130,8 +131,8 @@ def paged_attention(
     data = (q, k, v, k_cache, v_cache)
     metadata = (slot_mapping, block_tables, query_start, seq_lens)
     strides = [t.stride() for t in data]
-    if not _fits(data, metadata, strides, sinks, alibi_slopes, window, softcap):
-        check_arguments(*data, *metadata, sinks, alibi_slopes, window, softcap)
+    if not _fits(data, metadata, strides, (sinks, alibi_slopes, tree_mask), window, softcap):
+        check_arguments(*data, *metadata, sinks, alibi_slopes, window, softcap, tree_mask)
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, value_dim = v_cache.shape
     out = torch.empty((num_tokens, num_heads, value_dim), dtype=torch.float32)
@@ -139,7 +140,7 @@ def paged_attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         slot_mapping.data_ptr(), block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(),
         0 if sinks is None else sinks.data_ptr(), 0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        out.data_ptr(),
+        0 if tree_mask is None else tree_mask.data_ptr(), out.data_ptr(),
         *strides[0][:2], *strides[1][:2], *strides[2][:2], *strides[3][:3], *strides[4][:3], block_tables.stride(0),
         num_tokens, seq_lens.shape[0], num_heads, num_kv_heads, head_dim, value_dim,
         num_blocks, block_size, block_tables.shape[1], window,
@@ -154,12 +155,12 @@ def paged_attention(
 
 def _fits(
     data: tuple[Tensor, ...], metadata: tuple[Tensor, ...], strides: list[tuple[int, ...]],
-    sinks: Tensor | None, alibi_slopes: Tensor | None, window: int, softcap: float,
+    optional: tuple[Tensor | None, ...], window: int, softcap: float,
 ) -> bool:  # fmt: skip
     """What `check_arguments` checks for the usual call, in a third of the time; False only means: look closer."""
     q, k, v, k_cache, v_cache = data
     slot_mapping, block_tables, query_start, seq_lens = metadata
-    if sinks is not None or alibi_slopes is not None or window < 0 or softcap < 0:
+    if any([tensor is not None for tensor in optional]) or window < 0 or softcap < 0:
         return False
     if not (q.dim() == 3 and v_cache.dim() == 4 and block_tables.dim() == 2 and seq_lens.dim() == 1):
         return False

@@ -41,6 +41,7 @@ def paged_attention(
     max_query_len: int,
     max_seq_len: int,
     rope: Rope | None = None,
+    tree_mask: Tensor | None = None,
     batch_invariant: bool = False,
     state: AttentionState | None = None,
 ) -> Tensor:
@@ -51,6 +52,7 @@ def paged_attention(
 
     Args:
         rope: turns q and k first; keys are cached as they are turned.
+        tree_mask: what the rows of token trees see of their own sequence's rows.
         batch_invariant: on CUDA, a row's result does not depend, to the last bit, on what else is in the step.
         state: what the calls of one stream share on CUDA.
 
@@ -64,7 +66,7 @@ def paged_attention(
         return triton.paged_attention(
             q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, scale=scale, window=window,
             softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, max_query_len=max_query_len,
-            max_seq_len=max_seq_len, rope=rope, batch_invariant=batch_invariant, state=state,
+            max_seq_len=max_seq_len, rope=rope, tree_mask=tree_mask, batch_invariant=batch_invariant, state=state,
         )  # fmt: skip
     if batch_invariant:
         raise ValueError(f"batch-invariant attention runs on CUDA; q is on {q.device}: build without batch_invariant")
@@ -81,6 +83,7 @@ def paged_attention(
     return kernel(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, scale=scale, window=window,
         softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, max_query_len=max_query_len, max_seq_len=max_seq_len,
+        tree_mask=tree_mask,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ typedef struct {
     int64_t length, num_threads;
     transfer_t inputs[3], output;
     const int32_t *query_start, *seq_lens;
+    const uint64_t *tree_mask; /* NULL: none */
     int64_t num_seqs;
     const group_t *groups;
     int64_t failed_at, failed_value; /* written: instruction and value of a failure */
@@ -181,6 +182,7 @@ static int64_t attention(pool_t *pool, const step_t *step, int64_t index) {
     a->table_width = group->table_width;
     a->query_start = step->query_start;
     a->seq_lens = step->seq_lens;
+    a->tree_mask = step->tree_mask;
     a->num_seqs = step->num_seqs;
     int64_t small[129], *tiles = a->num_seqs < 129 ? small : malloc(sizeof(int64_t) * (size_t)(a->num_seqs + 1));
     if (!tiles) return FAIL(NO_MEMORY, 0);

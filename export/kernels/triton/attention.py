@@ -69,6 +69,7 @@ class _Call:
     softcap: float
     window: int
     rope: Rope | None
+    tree_mask: Tensor | None
 
     @property
     def num_seqs(self) -> int:
@@ -155,6 +156,7 @@ def paged_attention(
     max_query_len: int,
     max_seq_len: int,
     rope: Rope | None = None,
+    tree_mask: Tensor | None = None,
     batch_invariant: bool = False,
     state: AttentionState | None = None,
     decode: DecodeConfig | None = None,
@@ -171,6 +173,7 @@ def paged_attention(
         batch_invariant: a row's result does not depend, to the last bit, on the other rows of the step, nor on how its
             sequence was cut into steps; slower where sequences have one row.
         rope: turns q and k first; keys are cached as they are turned.
+        tree_mask: as in the reference; all sequences of several rows are then read from the cache.
         state: what calls share; made for this call if None.
         decode, prefill, fresh: tile sizes instead of those of `configs` and `prefill_config`, to measure them.
 
@@ -180,7 +183,7 @@ def paged_attention(
     """
     check_arguments(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
-        softcap,
+        softcap, tree_mask,
     )  # fmt: skip
     if rope is not None:
         rope.check(q)
@@ -192,7 +195,7 @@ def paged_attention(
     out = torch.empty((q.shape[0], q.shape[1], v.shape[2]), dtype=q.dtype, device=q.device)
     call = _Call(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, out, sinks, alibi_slopes, scale,
-        softcap, window, rope,
+        softcap, window, rope, tree_mask,
     )  # fmt: skip
     if q.shape[0] == 0:
         return out
@@ -204,7 +207,8 @@ def paged_attention(
         if max_query_len == 1 and not batch_invariant and call.num_seqs:
             _decode(call, decode, max_seq_len, state, write=True)
             return out
-        tiles = None if batch_invariant or max_query_len < FEWEST_ROWS else _fresh_tiles(call, fresh)
+        paged = batch_invariant or max_query_len < FEWEST_ROWS or tree_mask is not None
+        tiles = None if paged else _fresh_tiles(call, fresh)
         call = _write(call, keep_keys=tiles is not None)
         if max_query_len and call.num_seqs:
             if not batch_invariant:
@@ -308,8 +312,9 @@ def _prefill(
     programs = config.programs_per_processor * num_processors(call.q.device)
     prefill_kernel[(min(bound * call.num_kv_heads, programs),)](
         call.q, call.k_cache, call.v_cache, call.out, tiles, call.block_tables, call.query_start, call.seq_lens,
-        call.sinks, call.alibi_slopes, *call.q.stride()[:2], *call.k_cache.stride()[:3], *call.v_cache.stride()[:3],
-        call.block_tables.stride(0), call.scale / call.q_scale(), call.softcap, **call.options(), BLOCK_M=block_m,
+        call.sinks, call.alibi_slopes, call.tree_mask, *call.q.stride()[:2], *call.k_cache.stride()[:3],
+        *call.v_cache.stride()[:3], call.block_tables.stride(0), call.scale / call.q_scale(), call.softcap,
+        **call.options(), BLOCK_M=block_m, TREE=call.tree_mask is not None,
         BLOCK_N=config.block_n, MASK_ALL=max_query_len is None, NUM_STAGES=config.num_stages,
         num_warps=4 if block_m <= 64 and max(call.padded_dims) <= 128 else config.num_warps,
     )  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .tree import place_in_tree
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -62,12 +64,14 @@ def attend_keys(
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     SAME_STRIDES: tl.constexpr, NUM_STAGES: tl.constexpr, ASM: tl.constexpr,
+    tree=None, num_before=None, TREE: tl.constexpr = False,
 ):  # fmt: skip
     # Query vectors q [M, BLOCK_D] over keys [key_start, key_end), key_start a multiple of BLOCK_N. The state is acc
     # [M, BLOCK_DV], top [M] (maximum exponent) and total: [M], or [M, BLOCK_N] to be summed by the caller (one reduction
     # less a step). The caches point at the kv head. Not MASKED: every row sees every key, key_end is a multiple too.
     # Keys below first_key are not read (a window's row of blocks may have been freed). A block that a row sees nothing of
     # leaves its state as it was, to the last bit.
+    # TREE: rows may be of token trees, tree [M] (tree.py), behind the num_before tokens in front of the sequence's rows.
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     lanes = tl.arange(0, BLOCK_N)
@@ -94,12 +98,15 @@ def attend_keys(
         else:
             keys = tl.load(k_at)
         scores = tl.dot(q, tl.trans(keys.to(q.dtype)), input_precision="ieee")
-        distance = (position[None, :] - row_position[:, None]).to(tl.float32)
-        scores = shape_scores(scores, distance, slope[:, None], scale, softcap, SOFTCAP, ALIBI)
+        distance = position[None, :] - row_position[:, None]
+        visible = distance <= 0
+        if MASKED and TREE:
+            distance, visible = place_in_tree(tree, position - num_before, distance, visible)
+        scores = shape_scores(scores, distance.to(tl.float32), slope[:, None], scale, softcap, SOFTCAP, ALIBI)
         if MASKED:
-            visible = inside[None, :] & (position[None, :] <= row_position[:, None])
+            visible = inside[None, :] & visible
             if WINDOW > 0:
-                visible = visible & (row_position[:, None] - position[None, :] < WINDOW)
+                visible = visible & (distance > -WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * to_exponent)
         base = new_top

@@ -90,6 +90,34 @@ def test_options(kernel: Any, options: dict[str, Any], lengths: list[tuple[int, 
     assert_matches_dense(kernel, make_case(lengths, **options), options.get("score_scale", 1.0))
 
 
+TREES = [(1, 37), (5, 5), (9, 90), (64, 200), (1, 1), (130, 200), (17, 90), (33, 64), (2, 128), (48, 70)]
+TREE_OPTIONS: list[dict[str, Any]] = [
+    {"heads": 6, "kv_heads": 2, "dim": 24},
+    {"window": 1},
+    {"window": 5, "block_size": 4},
+    {"window": 50},
+    {"softcap": 2.0, "sinks": True},
+    {"alibi": True},
+    {"alibi": True, "window": 9, "softcap": 3.0, "sinks": True, "block_size": 1},
+    {"padding": 5, "fused_qkv": True, "value_dim": 24, "heads": 1, "kv_heads": 1},
+]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("options", TREE_OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
+def test_token_trees(kernel: Any, options: dict[str, Any]) -> None:
+    """A row of a tree sees what a text of the context and its ancestors would be, at the positions of that text."""
+    assert_matches_dense(kernel, make_case(TREES, trees=True, **options))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_chain_as_a_tree_is_a_text(kernel: Any) -> None:
+    case = make_case([(9, 30), (5, 5)], alibi=True, window=7)
+    plain = case.clone().call(kernel)
+    mask = torch.tensor([(2 << i) - 1 for count in (9, 5) for i in range(count)])
+    torch.testing.assert_close(case.call(kernel, tree_mask=mask), plain, **TOLERANCE)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_padding_rows_are_zero(kernel: Any) -> None:
     case = make_case([(3, 3), (0, 0)], padding=4)
