@@ -257,7 +257,7 @@ class ServingCore:
                 self.runner.end_steps(update.request.request_id)
         if self.speculation is not None:
             self.speculation.end_step(plan)
-            self.speculation.observe(result.outcomes, plan, updates)
+            self.speculation.observe(result, plan, updates)
         self.times.deliver_s += time.perf_counter() - start
         return _Received(plan, result, updates, now)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from .request import Request
 from .sampler import PendingSample, Sampler, SamplerOutput, TokenLogprobs
 from .sampling_params import SamplingParams
 from .speculative.config import SpeculativeConfig
+from .speculative.hidden_rows import StepHidden, columns_of
 from .speculative.verification import Outcome, StepDrafts, VerificationRows
 
 _ENDED = SamplingState(SamplingParams(temperature=0), (), (), 0)
@@ -52,6 +54,8 @@ class StepResult:
     """Indices whose logits had no finite maximum; their token is a placeholder."""
     failed_prompts: dict[int, int] = field(default_factory=dict)
     """Index -> the first position of its prompt whose logits give no probabilities (NaN or infinite)."""
+    hidden: StepHidden | None = None
+    """Hidden states of all rows, where a proposer reads them."""
     wait_s: float = 0.0
     """How long the host waited for the device."""
 
@@ -59,7 +63,18 @@ class StepResult:
 class LaunchedStep:
     """A step in the device's queue."""
 
-    __slots__ = ("accepted", "drafted", "logits", "num_outputs", "pending", "plan", "prompts", "states", "values")
+    __slots__ = (
+        "accepted",
+        "drafted",
+        "hidden",
+        "logits",
+        "num_outputs",
+        "pending",
+        "plan",
+        "prompts",
+        "states",
+        "values",
+    )
 
     def __init__(self, plan: StepPlan) -> None:
         self.plan = plan
@@ -75,6 +90,7 @@ class LaunchedStep:
         self.values: HostCopy | None = None
         self.drafted: VerificationRows | None = None
         """The drafts that the step verifies."""
+        self.hidden: StepHidden | None = None
         self.accepted: torch.Tensor | None = None
         """[Q] the last accepted draft of each request with drafts."""
 
@@ -98,6 +114,7 @@ class Runner:
             max_sequences=engine.max_sequences,
             device=engine.device,
         )
+        self._hidden_columns: list[int] = []
         self._states: dict[str, SamplingState] = {}
         self._num_late = 0
         self._tokens: torch.Tensor | None = None
@@ -118,6 +135,10 @@ class Runner:
         state.late = state.follows_tokens or self.sampler.reads_device(state)
         self._num_late += state.late
         return state
+
+    def capture_hidden(self, layers: Sequence[int]) -> None:
+        """Every step's result has these hidden states from now on. Raises ValueError for an engine that was built without them."""
+        self._hidden_columns = columns_of(self.engine, layers)
 
     def state(self, request_id: str) -> SamplingState:
         """The sampling state of a live request."""
@@ -153,9 +174,12 @@ class Runner:
         would make the host wait for this step before it delivers the one in flight (top_p without top_k).
         """
         batch = self._builder.build(plan, self._tokens if plan.on_top else None, drafts)
-        logits = self.engine.step(batch)
-        self._check(logits, batch)
         step = LaunchedStep(plan)
+        if self._hidden_columns:
+            logits, step.hidden = self._step_with_hidden(batch, plan)
+        else:
+            logits = self.engine.step(batch)
+        self._check(logits, batch)
         kept = self._choose_rows(step, logits, drafts)
         if plan.has_drafts:
             assert drafts is not None and self.speculative is not None, "a plan with drafts goes with their proposal"
@@ -164,6 +188,13 @@ class Runner:
         if not (plan.on_top and self._num_late and any(state.late for state in step.states)):
             self.sample(step)
         return step
+
+    def _step_with_hidden(self, batch: Batch, plan: StepPlan) -> tuple[torch.Tensor, StepHidden]:
+        engine: Any = self.engine
+        logits, states = engine.step_outputs(batch)
+        if len(self._hidden_columns) < states.shape[1] or self._hidden_columns != sorted(self._hidden_columns):
+            states = states[:, self._hidden_columns]
+        return logits, StepHidden(states, [plan.request(index).num_preemptions for index in range(plan.num_sequences)])
 
     @staticmethod
     def is_sampled(step: LaunchedStep) -> bool:
@@ -195,7 +226,7 @@ class Runner:
         assert step.values is not None, f"step {step.plan.step_id} is not sampled"
         start = time.perf_counter()
         values = step.values.wait()
-        result = StepResult(_NOTHING, wait_s=time.perf_counter() - start)
+        result = StepResult(_NOTHING, hidden=step.hidden, wait_s=time.perf_counter() - start)
         for n, (index, parts) in enumerate(step.prompts):
             found = TokenLogprobs(*values[len(parts) * n : len(parts) * (n + 1)])
             undefined = np.flatnonzero(np.isnan(found.logprobs))

@@ -61,11 +61,19 @@ class RecordingEngine:
 
     def step(self, batch: Any) -> Any:
         """Runs the wrapped engine's step."""
+        self._record(batch)
+        return self._engine.step(batch)
+
+    def step_outputs(self, batch: Any) -> Any:
+        """Runs the wrapped engine's step, with hidden states."""
+        self._record(batch)
+        return self._engine.step_outputs(batch)
+
+    def _record(self, batch: Any) -> None:
         if self.on_step is not None:
             self.on_step(len(self.steps))
         rows = batch.sample_rows.shape[0]
         self.steps.append(Step(time.perf_counter(), batch.token_ids.shape[0], batch.seq_lens.shape[0], rows))
-        return self._engine.step(batch)
 
     def clear(self) -> None:
         """Forgets all steps."""

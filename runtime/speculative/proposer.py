@@ -10,6 +10,16 @@ Drafts of a chain are d0 d1 d2 ...; those of a tree name each node's parent, -1 
 
     tokens   [a, b, c, d]             last -- a -- c
     parents  [-1, -1, 0, 1]                `-- b -- d
+
+A proposer with `hidden_layers` reads the target's hidden states. `observe` brings it those of every row that is part of a text:
+prompts (a chunk at a time, as they are computed), last known tokens, accepted drafts. So it sees each position of a running request
+once, in order, with two exceptions, for which it needs its own answer:
+
+- What the prefix cache holds is not computed again, and its rows are not seen: a request's first rows begin at the end of the hit.
+  A proposer that keeps keys and values of its own has them in blocks of the same numbers as the target's (as `DraftModelProposer`
+  does), so that what is found there was computed with the same tokens in front of it.
+- A preempted request loses its blocks (`request.num_preemptions` counts up) and is computed again from its beginning, or from the
+  end of another hit.
 """
 
 from __future__ import annotations
@@ -18,10 +28,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from ..batch import Engine
 from ..logits import SamplingState
+from ..packing import upload
 from ..request import Request
 
 if TYPE_CHECKING:
@@ -70,9 +82,11 @@ class Drafts:
 
 @dataclass(slots=True)
 class Verified:
-    """What verification made of the rows of a step, for every request whose tokens were sampled in it.
+    """What a step made of a request's rows: its drafts, and the rows that are part of its text now.
 
-    Rows are given for requests without drafts, too: a proposer on hidden states needs each token's.
+    With hidden states it is given for every request that runs on, whether it was drafted for or not, and whether a token was
+    sampled or a part of the prompt computed; otherwise for those with drafts alone. The text has a token behind the last row: the
+    one that was sampled, or the prompt's next.
     """
 
     request: Request
@@ -80,15 +94,29 @@ class Verified:
     """Drafts that were verified."""
     num_accepted: int
     """How many of them became output."""
-    hidden: torch.Tensor | None = None
-    """[1 + num_accepted, layers, H] hidden states of the last known token and the accepted drafts, on the device."""
+    start: int = 0
+    """Position of the first row; the token of row i is `request.all_token_ids[start + i]`."""
+    states: torch.Tensor | None = None
+    """[T, layers, H] hidden states of the whole step, in the order of the proposer's `hidden_layers`, on the device; one tensor for
+    all requests of a step, which nobody writes to afterwards. None where `hidden_layers` is empty and for requests that ended."""
+    rows: Sequence[int] = ()
+    """The request's rows of `states`, by position."""
+
+    @property
+    def hidden(self) -> torch.Tensor | None:
+        """[len(rows), layers, H] the request's own hidden states."""
+        if self.states is None:
+            return None
+        if isinstance(self.rows, range):
+            return self.states[self.rows.start : self.rows.stop]
+        return self.states.index_select(0, upload(np.array(self.rows, dtype=np.int64), self.states.device))
 
 
 class Proposer(Protocol):
     """Drafts tokens; see the module. Whatever a method raises fails the requests of the step."""
 
     hidden_layers: tuple[int, ...]
-    """Layers whose hidden states `observe` wants, () for none."""
+    """Hidden states that `observe` wants, as `camshaft.compile(hidden_layers=...)` numbers them; () for none."""
 
     def add(self, request: Request, state: SamplingState) -> None:
         """Takes note of a new request that may speculate."""
@@ -101,5 +129,6 @@ class Proposer(Protocol):
         ...
 
     def observe(self, verified: Sequence[Verified]) -> None:
-        """Takes in a step's outcome; called before the next `propose`, only where `hidden_layers` is not empty or the
-        request was drafted for."""
+        """Takes in a step's outcome; called before the next `propose`, for requests that were added, only where `hidden_layers` is
+        not empty or the request was drafted for. While no drafts are wanted, steps are planned ahead: then the step behind this one
+        is on the device already."""

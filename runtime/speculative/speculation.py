@@ -9,7 +9,7 @@ where it begins; while they do not, steps are planned ahead as without speculati
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ import torch
 from ..logits import SamplingState
 from ..plan import RequestUpdate, StepPlan
 from ..request import Request
-from ..runner import Runner
+from ..runner import Runner, StepResult
 from ..scheduler import Scheduler
 from .adaptive import AdaptiveLengths
 from .config import SpeculativeConfig
+from .hidden_rows import StepHidden, kept_rows
 from .metrics import SpeculativeMetrics
 from .proposer import Drafts, Proposer, Target, Verified
 from .verification import Outcome, StepDrafts
@@ -50,6 +51,7 @@ class Speculation:
     ) -> None:
         self.config = config
         self.proposer = proposer
+        runner.capture_hidden(proposer.hidden_layers)
         self.lengths = AdaptiveLengths(config.num_draft_tokens, adaptive=config.adaptive)
         self.totals = SpeculativeMetrics()
         self._scheduler, self._runner, self._clock = scheduler, runner, clock
@@ -173,10 +175,20 @@ class Speculation:
 
     # --- results ------------------------------------------------------------------------------------------------
 
-    def observe(self, outcomes: Sequence[Outcome], plan: StepPlan, updates: Sequence[RequestUpdate]) -> None:
-        """Takes in what became of a step's drafts."""
+    def observe(self, result: StepResult, plan: StepPlan, updates: Sequence[RequestUpdate]) -> None:
+        """Takes in what became of a step's drafts, and its hidden states."""
+        verified = self._count(result.outcomes, plan, updates)
+        if result.hidden is not None:
+            self._add_hidden(verified, result.hidden, plan, {outcome.index: outcome for outcome in result.outcomes})
+        if verified:
+            self.proposer.observe(list(verified.values()))
+
+    def _count(
+        self, outcomes: Sequence[Outcome], plan: StepPlan, updates: Sequence[RequestUpdate]
+    ) -> dict[int, Verified]:
+        """Counts what became of drafts; what to tell the proposer of them, by index in the plan."""
         new_tokens = {id(update.request): len(update.new_token_ids) for update in updates}
-        verified = []
+        verified: dict[int, Verified] = {}
         for outcome in outcomes:
             row = plan.others[outcome.index - len(plan.decodes)]
             request, num_tokens = row.request, new_tokens.get(id(row.request), 0)
@@ -188,11 +200,20 @@ class Speculation:
             for counts in (metrics, self.totals):
                 counts.count(num_drafts, counted, num_tokens)
             self.lengths.count(request.request_id, num_drafts, num_accepted)
-            verified.append(Verified(request, num_drafts, num_accepted))
+            verified[outcome.index] = Verified(request, num_drafts, num_accepted, row.start)
             if not request.is_finished:
                 self._keep_path(request, row.start + row.num_tokens - row.num_draft_tokens, outcome.nodes)
-        if verified:
-            self.proposer.observe(verified)
+        return verified
+
+    def _add_hidden(
+        self, verified: dict[int, Verified], hidden: StepHidden, plan: StepPlan, outcomes: Mapping[int, Outcome]
+    ) -> None:
+        """Adds hidden states to what the proposer is told, for requests without drafts, too."""
+        for index, request, start, rows in kept_rows(plan, hidden, outcomes):
+            if request.request_id not in self._metrics:
+                continue
+            item = verified.setdefault(index, Verified(request, 0, 0, start))
+            item.states, item.rows = hidden.states, rows
 
     def _keep_path(self, request: Request, first: int, nodes: Sequence[int]) -> None:
         """Moves keys and values of accepted drafts of a tree to where the next tokens of a text belong: first, first + 1 ..."""
