@@ -19,29 +19,22 @@ have factors that differ. Runs behind `quantize_linear`. Numerics: reordered.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..graph.linear_format import LinearFormat
 from ..graph.program import Program
-from ..graph.quantized_linear import QUANTIZED_LINEAR
 from ..graph.weights import Weight
-from .base import GraphPass, Stage, only_user
-from .match import VIEWS, aten, is_call, value
+from .base import GraphPass, Stage
+from .fold_rows import is_sole, scale_rows, scale_source
+from .match import aten, is_call, value
 from .quantization.channels import untied, value_heads
-from .quantize_fp8 import SCALED_LINEAR
 from .resolve_masks import ATTENTION
 
 RMS_NORM = torch.ops.camshaft.rms_norm.default
 ADD_RMS_NORM = torch.ops.camshaft.add_rms_norm.default
 GLU = torch.ops.camshaft.glu.default
-
-_SCALES = {QUANTIZED_LINEAR: 2, SCALED_LINEAR: 3}
-"""Argument of a quantized layer that holds its rows' scales."""
-_BIASES = {QUANTIZED_LINEAR: 5, SCALED_LINEAR: 4, aten.linear.default: 2}
 
 
 class FoldChannelFactor(GraphPass):
@@ -82,7 +75,7 @@ def _fold(program: Program, x: Any, factor: fx.Node) -> bool:
     vector = _tensor(program, factor)
     if is_call(x, GLU):
         inner = vector.shape[0]
-        return _sole(x.args[0]) and _fold_rows(program, x.args[0], vector, inner, 2 * inner)
+        return is_sole(x.args[0]) and scale_rows(program, x.args[0], vector, inner, 2 * inner)
     heads = value_heads(x)
     if heads is None:
         return False
@@ -90,9 +83,9 @@ def _fold(program: Program, x: Any, factor: fx.Node) -> bool:
     attention = x
     while not is_call(attention, ATTENTION):
         attention = attention.args[0]
-        if not _sole(attention):
+        if not is_sole(attention):
             return False
-    return rows is not None and _fold_values(program, attention.args[2], rows)
+    return rows is not None and scale_source(program, attention.args[2], rows)
 
 
 def _fold_norm(program: Program, norm: fx.Node, factor: fx.Node) -> bool:
@@ -109,62 +102,6 @@ def _fold_norm(program: Program, norm: fx.Node, factor: fx.Node) -> bool:
         *norm.args[at + 3 :],
     )
     return True
-
-
-def _fold_values(program: Program, v: Any, rows: Tensor) -> bool:
-    """Scales the rows of the layer that makes attention's values v [1, G, T, V], through views, a transposition and a split."""
-    while is_call(v, *VIEWS, aten.transpose.int) and _sole(v):
-        v = v.args[0]
-    if not is_call(v, operator.getitem):
-        return _sole(v) and _fold_rows(program, v, rows, 0, rows.shape[0])
-    split, index = v.args
-    if not (is_call(split, aten.split_with_sizes.default) and _sole(v) and _sole(split.args[0])):
-        return False
-    begin = sum(split.args[1][:index])
-    return split.args[1][index] == rows.shape[0] and _fold_rows(
-        program, split.args[0], rows, begin, begin + rows.shape[0]
-    )
-
-
-def _fold_rows(program: Program, layer: Any, factor: Tensor, begin: int, end: int) -> bool:
-    """Multiplies rows begin to end of a linear layer's weight, or of its scales, and of its bias."""
-    changes = list(_row_tensors(program, layer))
-    if not changes:
-        return False
-    arguments = list(layer.args)
-    for at in changes:
-        old = arguments[at]
-        new = _tensor(program, old).clone()
-        shape = (-1, *[1] * (new.dim() - 1))
-        new[begin:end] = (new[begin:end].float() * factor.float().view(shape)).to(new.dtype)
-        arguments[at] = _stored(program, old, new)
-    layer.args = tuple(arguments)
-    return True
-
-
-def _row_tensors(program: Program, layer: Any) -> Iterator[int]:
-    """The arguments of a layer whose rows are its outputs' scales; none where rows cannot be scaled alone."""
-    if not is_call(layer, *_BIASES):
-        return
-    at = 1 if layer.target is aten.linear.default else _SCALES[layer.target]
-    if layer.target is QUANTIZED_LINEAR:
-        format = LinearFormat.parse(layer.args[7])
-        if format.block or format.group < 0:
-            return
-    bias_at = _BIASES[layer.target]
-    bias = layer.args[bias_at] if len(layer.args) > bias_at else None
-    for operand in (layer.args[at], bias):
-        if operand is not None and (program.input_of(operand) is None or not value(operand).dtype.is_floating_point):
-            return
-    if layer.target is not aten.linear.default and value(layer.args[at]).dtype != torch.float32:
-        return
-    yield at
-    if bias is not None:
-        yield bias_at
-
-
-def _sole(node: Any) -> bool:
-    return isinstance(node, fx.Node) and only_user(node) is not None
 
 
 def _tensor(program: Program, placeholder: fx.Node) -> Tensor:
