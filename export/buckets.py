@@ -65,9 +65,13 @@ class StepShape(NamedTuple):
     """Whether every sequence has one row."""
     query_len: int = 0
     """Of a step that verifies drafts: most rows of a sequence; 0 for all others."""
+    trees: bool = False
+    """Whether it verifies token trees."""
 
     def __str__(self) -> str:
-        kind = "decode" if self.decode else "verification" if self.query_len else "mixed"
+        kind = "decode" if self.decode else "mixed"
+        if self.query_len:
+            kind = "tree verification" if self.trees else "verification"
         return f"a {kind} step of {self.tokens} tokens, {self.sequences} sequences, {self.rows} rows of logits"
 
 
@@ -95,6 +99,8 @@ MIXED_GRAPHS = 32
 
 VERIFY_QUERY_LEN = 33
 """Most rows of a sequence in a step that verifies drafts: the last known token and 32 of them."""
+TREE_QUERY_LEN = 64
+"""As VERIFY_QUERY_LEN, of token trees: as many rows as a mask has bits."""
 VERIFY_GRAPHS = 48
 """Most shapes of such steps that are captured."""
 VERIFY_SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -102,14 +108,21 @@ VERIFY_SIZES = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 def verify_shape(
-    num_tokens: int, num_sequences: int, query_len: int, max_sequences: int, max_batch_tokens: int
+    num_tokens: int,
+    num_sequences: int,
+    query_len: int,
+    max_sequences: int,
+    max_batch_tokens: int,
+    *,
+    trees: bool = False,
 ) -> StepShape | None:
     """The shape that a step which verifies drafts is captured in, with the logits of all rows; None for too large a one."""
-    if num_tokens > VERIFY_SIZES[-1] or query_len > VERIFY_QUERY_LEN:
+    longest = next((most for most in (8, VERIFY_QUERY_LEN, TREE_QUERY_LEN) if query_len <= most), TREE_QUERY_LEN + 1)
+    if num_tokens > VERIFY_SIZES[-1] or longest > (TREE_QUERY_LEN if trees else VERIFY_QUERY_LEN):
         return None
     sequences = min(1 << (num_sequences - 1).bit_length(), max_sequences)
     tokens = min(bucket_of(VERIFY_SIZES, max(num_tokens, sequences)), max_batch_tokens)
-    return StepShape(tokens, sequences, tokens, False, min(tokens, 8 if query_len <= 8 else VERIFY_QUERY_LEN))
+    return StepShape(tokens, sequences, tokens, False, min(tokens, longest), trees)
 
 
 def row_sizes(max_sequences: int) -> list[int]:

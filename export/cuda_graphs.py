@@ -6,7 +6,8 @@ A graph launches a whole step in one call, so a step costs the device's time ins
                                                    them when they have been needed often; until then the next larger one serves
     mixed    T rows of S sequences, R rows sampled captured when the same shape comes a second time; the first launch, piece by
                                                    piece, has compiled its kernels and opened its engines; at most MIXED_GRAPHS
-    verify   as mixed, few rows, all of them sampled   likewise; at most VERIFY_GRAPHS
+    verify   as mixed, few rows, all of them sampled   likewise; at most VERIFY_GRAPHS. Token trees have graphs of their own, with
+                                                   a mask for each row
 
 A step runs in the smallest shape that holds it. What it lacks has no rows and writes nothing:
 
@@ -102,6 +103,8 @@ class StepGraphs:
         self._verify_rows: Tensor | None = None
         self._verify_logits: Tensor | None = None
         """As the two above, of steps that verify drafts: more rows, made when the first is captured."""
+        self._tree_mask: Tensor | None = None
+        """[T] int64 of steps that verify trees; likewise."""
         self._pool: Any = None
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._uses: Counter[StepShape] = Counter()
@@ -132,10 +135,12 @@ class StepGraphs:
         count, tokens, rows = batch.seq_lens.shape[0], batch.token_ids.shape[0], batch.sample_rows.shape[0]
         if batch.max_query_len == 1 and tokens == rows == count <= self.decode_sizes[-1]:
             return _decode(bucket_of(self.decode_sizes, count))
-        if rows > count and count <= self._row_sizes[-1] and tokens <= self._mixed_sizes[-1]:
-            return verify_shape(tokens, count, batch.max_query_len, self._row_sizes[-1], self._mixed_sizes[-1])
-        if count > self._row_sizes[-1] or rows > count or tokens > self._mixed_sizes[-1]:
+        if count > self._row_sizes[-1] or tokens > self._mixed_sizes[-1]:
             return None
+        trees = batch.tree_mask is not None
+        if rows > count or trees:
+            most = self._row_sizes[-1], self._mixed_sizes[-1]
+            return verify_shape(tokens, count, batch.max_query_len, *most, trees=trees)
         sequences = bucket_of(self._row_sizes, count)
         return StepShape(bucket_of(self._mixed_sizes, max(tokens, sequences)), sequences, sequences, False)
 
@@ -187,6 +192,8 @@ class StepGraphs:
         if self._verify_rows is None:
             rows = max(self._sizes.padded("R", size) for size in VERIFY_SIZES)
             self._verify_rows = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        if shape.trees and self._tree_mask is None:
+            self._tree_mask = torch.zeros_like(self._tokens)
         return self._verify_rows, self._verify_logits
 
     # ---------------------------------------------------------------------------------------------------------- capture
@@ -214,7 +221,8 @@ class StepGraphs:
         for slots in self._slots:
             slots.fill_(-1)
         sample_rows, _ = self._outputs(shape)
-        for metadata in (self._lens, self._starts, sample_rows):
+        masks = () if self._tree_mask is None else (self._tree_mask,)
+        for metadata in (self._lens, self._starts, sample_rows, *masks):
             metadata.zero_()  # no sequence has rows: the trial run writes nothing
         values, context = self._inputs(shape)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -252,6 +260,7 @@ class StepGraphs:
             [(slots[:tokens], tables[: shape.sequences]) for slots, tables in zip(self._slots, self._tables)],
             self._starts[: shape.sequences + 1], self._lens[: shape.sequences],
             1 if shape.decode else shape.query_len or shape.tokens, self._limits.max_seq_len,
+            self._tree_mask[:tokens] if shape.trees and self._tree_mask is not None else None,
         )  # fmt: skip
         return values, context
 
@@ -263,8 +272,11 @@ class StepGraphs:
         sample_rows, _ = self._outputs(shape)
         into = [self._tokens[:tokens], self._positions[:tokens], sample_rows[:rows]]
         into += [slots[:tokens] for slots in self._slots]
-        slots_in = [group.slot_mapping for group in batch.groups]
-        torch._foreach_copy_(into, [batch.token_ids, batch.positions, batch.sample_rows, *slots_in])
+        values = [batch.token_ids, batch.positions, batch.sample_rows, *(group.slot_mapping for group in batch.groups)]
+        if shape.trees and self._tree_mask is not None:
+            into.append(self._tree_mask[:tokens])
+            values.append(batch.tree_mask)
+        torch._foreach_copy_(into, values)
         torch._foreach_copy_([self._lens[:count], self._starts[: count + 1]], [batch.seq_lens, batch.query_start])
         for tables, group in zip(self._tables, batch.groups):
             tables[:count, : group.block_tables.shape[1]].copy_(group.block_tables)
@@ -275,6 +287,8 @@ class StepGraphs:
         if tokens < padded:
             for slots in self._slots:
                 slots[tokens:padded].fill_(-1)
+            if shape.trees and self._tree_mask is not None:
+                self._tree_mask[tokens:padded].zero_()
         padded = self._sizes.padded("R", shape.rows)
         if rows < padded:
             sample_rows[rows:padded].zero_()

@@ -115,6 +115,11 @@ class Engine:
         return self.config.hidden_layers
 
     @property
+    def takes_tree_masks(self) -> bool:
+        """Whether steps may verify token trees (`Batch.tree_mask`): attention runs in kernels of the package, which all do."""
+        return True
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Token ids that end a text."""
         return self.manifest.model.eos_token_ids
@@ -251,6 +256,16 @@ class Engine:
         if self._native is not None and self._native.takes(batch):
             return self._native.step_outputs(batch, execution.executor.caches)
         return execution.step(batch)
+
+    def copy_slots(self, group: int, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copies keys and values of a cache group from slot sources[i] to slot destinations[i], for all i at once.
+
+        A slot is block * block_size + offset. The copy comes behind the steps before it and in front of those after it, on the
+        stream that they are called on; on CUDA the host does not wait for it.
+
+        Raises ValueError for lists of different lengths, slots outside the cache and destinations that occur twice.
+        """
+        self.prepare().copy_slots(group, sources, destinations)
 
     def activation_bytes(self) -> int:
         """Estimate of the memory of a full step besides weights and KV cache, in bytes."""

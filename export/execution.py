@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .buckets import Bucketed, bucket_of, captured_sizes, varying_sizes
 from .executor import Executor, StepContext
+from .kernels.slots import SlotCopier
 from .manifest import EngineFile, Manifest
 from .segment import Plan
 from .step_outputs import StepOutputs, stack_hidden
@@ -120,12 +121,23 @@ class Execution:
         )
         self.executor = Executor(plan, self._lowered, weights, batch_invariant=manifest.build.batch_invariant)
         self._graphs: StepGraphs | None = None
+        self._copiers: dict[int, SlotCopier] = {}
+        """Of cache groups whose slots have been copied."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def bind_caches(self, caches: list[tuple[Tensor, Tensor]]) -> None:
         """Takes the KV tensors of all layers; graphs that wrote to others are dropped."""
         self._graphs = None
+        self._copiers.clear()
         self.executor.caches = caches
+
+    @torch.inference_mode()
+    def copy_slots(self, group: int, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """See `Engine.copy_slots`."""
+        if group not in self._copiers:
+            layers = self._manifest.cache.layers_of(group)
+            self._copiers[group] = SlotCopier([self.executor.caches[layer] for layer in layers])
+        self._copiers[group].copy(sources, destinations)
 
     def capture(self, max_sequences: int) -> StepGraphs:
         """Captures the decode steps of up to `max_sequences` sequences; mixed steps are captured as they come."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from camshaft.export.buckets import (
     Bucketed,
+    StepShape,
     bucket_of,
     decode_sizes,
     default_buckets,
@@ -45,15 +46,13 @@ def test_sizes_of_captured_steps() -> None:
     assert all(b - a <= max(64, b / 8) for a, b in zip(sizes, sizes[1:]))
     assert mixed_sizes(100) == [64, 100] and mixed_sizes(20) == [20]
     assert row_sizes(256) == [8, 64, 256] and row_sizes(5) == [5]
-    assert verify_shape(5, 1, 5, 64, 512) == (6, 1, 6, False, 6) and verify_shape(90, 15, 6, 64, 512) == (
-        96,
-        16,
-        96,
-        False,
-        8,
-    )
-    assert verify_shape(20, 3, 11, 3, 512) == (24, 3, 24, False, 24) and verify_shape(513, 64, 9, 64, 1024) is None
-    assert verify_shape(40, 1, 40, 64, 512) is None and verify_shape(49, 9, 6, 9, 50) == (50, 9, 50, False, 8)
+    assert verify_shape(5, 1, 5, 64, 512) == StepShape(6, 1, 6, False, 6)
+    assert verify_shape(90, 15, 6, 64, 512) == StepShape(96, 16, 96, False, 8)
+    assert verify_shape(20, 3, 11, 3, 512) == StepShape(24, 3, 24, False, 24)
+    assert verify_shape(513, 64, 9, 64, 1024) is None and verify_shape(40, 1, 40, 64, 512) is None
+    assert verify_shape(49, 9, 6, 9, 50) == StepShape(50, 9, 50, False, 8)
+    assert verify_shape(40, 1, 40, 64, 512, trees=True) == StepShape(48, 1, 48, False, 48, True)
+    assert verify_shape(65, 1, 65, 64, 512, trees=True) is None
 
 
 def test_default_buckets() -> None:

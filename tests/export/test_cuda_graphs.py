@@ -13,6 +13,7 @@ from camshaft.export.cuda_graphs import CaptureLimits, StepGraphs
 from camshaft.export.engine import Engine
 from camshaft.export.kernels import errors
 from families import random_model, tiny_config
+from runtime.speculative.proposers import branching
 
 import camshaft
 from camshaft import LLM, SamplingParams, SpeculativeConfig
@@ -24,7 +25,7 @@ class _Replay:
 
     def replay(self) -> None:
         values, context = self._inputs
-        logits = self._graphs._launch(values, context)
+        logits, _ = self._graphs._launch(values, context)
         if self._shape.query_len:
             self._graphs._verify_logits = logits
         else:
@@ -93,6 +94,23 @@ def test_steps_that_verify_drafts_are_captured(engine: Engine) -> None:
             assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
         shapes = [shape for shape in graphs.replayed if shape.query_len]
         assert shapes and all(shape.rows == shape.tokens and shape.query_len <= 8 for shape in shapes)
+
+
+def test_steps_that_verify_trees_have_graphs_of_their_own(engine: Engine) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=5 + 3 * i, ignore_eos=True) for i in range(len(PROMPTS))]
+    with LLM(engine) as llm:
+        expected = [output.token_ids for output in llm.generate(PROMPTS, params)]
+    tree = ((0,), (1,), (0, 0), (1, 0), (1, 1), (1, 0, 0))
+    texts = [[*prompt, *tokens] for prompt, tokens in zip(PROMPTS, expected)]
+    drafting = SpeculativeConfig(method="custom", proposer=branching(texts), tree=tree, adaptive=False)
+    with LLM(engine, enable_prefix_cache=False, speculative=drafting) as llm:
+        graphs = OnCpu.of(engine)
+        for _ in range(3):
+            assert [output.token_ids for output in llm.generate(PROMPTS, params)] == expected
+        assert llm.stats().speculative.mean_accepted_length > 1.5
+        shapes = [shape for shape in graphs.replayed if shape.query_len]
+        assert 8 in {shape.query_len for shape in shapes} and all(shape.trees for shape in shapes)
+        assert not any(shape.trees for shape in graphs.replayed if not shape.query_len)
 
 
 def test_a_failed_capture_is_launched_piece_by_piece(engine: Engine) -> None:

@@ -78,6 +78,16 @@ def test_masks_of_zeros_are_texts() -> None:
     torch.testing.assert_close(case.call(triton.paged_attention, tree_mask=mask), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dim", [6, 3])
+def test_slots_are_copied_all_at_once(dim: int) -> None:
+    """Words of four bytes and of one; slots that are read and written."""
+    caches = [torch.randn(20, 2, width, device=DEVICE).to(HALF) for width in (dim, 2 * dim, 1)]
+    moves = torch.tensor([[5, 7, 8, 1], [4, 5, 7, 8]], device=DEVICE)
+    expected = [cache.index_copy(0, moves[1], cache[moves[0]]) for cache in caches]
+    triton.copy_slots(caches, triton.slot_table(caches), moves)
+    assert all(torch.equal(cache, want) for cache, want in zip(caches, expected))
+
+
 @pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
 def test_captured_in_a_cuda_graph() -> None:
     """Captured once, replayed with other trees of the same sizes."""

@@ -7,9 +7,12 @@ decode        sequences with one query row: split keys
 prefill       sequences with several query rows: tiles of rows
 prefill_fresh such sequences without cached tokens, from the step's own rows; prefill_config says when
 softmax       the inner loop that both share
+tree          the masks of token trees
+copy_slots    keys and values from slot to slot, in all layers
 configs       tile sizes: the tables to edit after a measurement
 """
 
 from .attention import paged_attention
+from .copy_slots import copy_slots, slot_table
 
-__all__ = ["paged_attention"]
+__all__ = ["copy_slots", "paged_attention", "slot_table"]

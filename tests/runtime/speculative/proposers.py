@@ -49,6 +49,55 @@ class OracleProposer:
         self.seen += verified
 
 
+class BranchingProposer:
+    """Drafts trees in which one branch, at random places among its siblings, follows a known text, and at times none does."""
+
+    hidden_layers: tuple[int, ...] = ()
+
+    def __init__(self, context: ProposerContext, texts: Sequence[Sequence[int]]) -> None:
+        assert context.config.tree is not None
+        self._texts = [list(text) for text in texts]
+        self._vocab_size, self._rng = context.engine.vocab_size, random.Random(0)
+        index = {path: node for node, path in enumerate(context.config.tree)}
+        self._parents = [index.get(path[:-1], -1) for path in context.config.tree]
+        self._ranks = [path[-1] for path in context.config.tree]
+
+    def add(self, request, state) -> None:
+        pass
+
+    def release(self, request_id) -> None:
+        pass
+
+    def observe(self, verified: Sequence[Verified]) -> None:
+        pass
+
+    def propose(self, targets: Sequence[Target]) -> Drafts:
+        drafts = [self._draft(target.request.all_token_ids, target.num_drafts) for target in targets]
+        lengths = [len(tokens) for tokens in drafts]
+        return Drafts(lengths, drafts, parents=[self._parents[:length] for length in lengths])
+
+    def _draft(self, tokens: list[int], count: int) -> list[int]:
+        known = next((text for text in self._texts if text[: len(tokens)] == tokens), tokens)[len(tokens) :]
+        depths, drafts, follows = [], [], []
+        chosen = {parent: self._rng.choice([0, 0, 1, 1, 9]) for parent in range(-1, count)}
+        for parent, rank in list(zip(self._parents, self._ranks))[:count]:
+            depth = 0 if parent < 0 else depths[parent] + 1
+            right = (parent < 0 or follows[parent]) and rank == chosen[parent] and depth < len(known)
+            depths.append(depth)
+            follows.append(right)
+            drafts.append(known[depth] if right else self._rng.randrange(self._vocab_size))
+        return drafts
+
+
+def branching(texts: Sequence[Sequence[int]]):
+    """What SpeculativeConfig takes as a proposer: trees around texts (prompt and output) that plain decoding gave."""
+
+    def make(context: ProposerContext) -> Proposer:
+        return BranchingProposer(context, texts)
+
+    return make
+
+
 def oracle(rate: float, on_device: bool = False):
     """What SpeculativeConfig takes as a proposer."""
 
