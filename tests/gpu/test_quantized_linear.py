@@ -24,6 +24,7 @@ from camshaft.export.kernels.quantized import linear, tables  # noqa: E402
 from camshaft.export.kernels.quantized.activations import quantize_planes, round_rows  # noqa: E402
 from camshaft.export.kernels.quantized.block_fp8 import multiply_block_fp8  # noqa: E402
 from camshaft.export.kernels.quantized.dequantize import dequantize  # noqa: E402
+from camshaft.export.kernels.quantized.few_rows import FewRowsConfig, multiply_few_rows, takes  # noqa: E402
 from camshaft.export.kernels.quantized.packed_fp8 import PackedFp8Config, multiply_packed_fp8, step_of  # noqa: E402
 from camshaft.export.kernels.quantized.prepare import QuantizedLayer, prepare  # noqa: E402
 from camshaft.export.kernels.quantized.stored import Stored, obstacle, stored  # noqa: E402
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cpu" if INTERPRET else "cuda"
 HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
 N, K = (72, 256) if INTERPRET else (1040, 4096)
-ROWS = (1, 70) if INTERPRET else (1, 3, 8, 33, 64, 65, 256, 600, 2048)
+ROWS = (1, 70) if INTERPRET else (1, 2, 3, 8, 33, 64, 65, 256, 600, 2048)
 WEIGHTS = (
     "int4", "int4:g128", "int4:g64", "int4:g32:zp", "int4:zp", "int8", "int8:g64", "int8:zp", "fp8", "fp8:tensor",
     "fp8:block128", "nvfp4", "mxfp4", "mxfp8",
@@ -99,6 +100,70 @@ def test_weight_tile(text: str, config: WeightTileConfig) -> None:
         x = rows_of(count)
         wanted = x.float() @ dequantize_weight(parts, format).t() + bias.float()
         check(multiply_weight_tile(x, weight, bias, HALF, config), wanted, 4e-3)
+
+
+@pytest.mark.parametrize("text", [*WEIGHTS, "int4:g16", "int8:g32:zp"])
+def test_few_rows(text: str) -> None:
+    """In float32: what the kernel computes is as good as float32 sums are."""
+    format = LinearFormat.parse(f"{text}/none")
+    n, k = (20, 384) if INTERPRET else (1030, 14336)
+    parts = weight_of(format, n, k)
+    weight = kept(parts, format)
+    dense = dequantize_weight(parts, format)
+    bias = rows_of(1, n)[0]
+    for count, config in (
+        (1, FewRowsConfig(block_n=4, block_k=256)),
+        (2, FewRowsConfig(block_n=8, block_k=4096, warps=8)),
+        (5, FewRowsConfig(block_n=2, block_k=128, warps=1)),
+    ):
+        x = rows_of(count, k) + 0.5  # a mean, which zero points act on
+        wanted = (x.double() @ dense.double().t()).float() + bias.float()
+        check(multiply_few_rows(x, weight, bias, torch.float32, config), wanted, 3e-6)
+        if count < 5:
+            alone = multiply_few_rows(x[-1:], weight, bias, HALF, config)
+            assert torch.equal(alone[0], multiply_few_rows(x, weight, bias, HALF, config)[-1])
+
+
+@pytest.mark.parametrize("text", ["int4:g128", "int8", "nvfp4"])
+def test_few_rows_with_scales(text: str) -> None:
+    format = LinearFormat.parse(f"{text}/none")
+    parts = weight_of(format, 16)
+    x = rows_of(2)
+    given = torch.rand(2, device=DEVICE) + 0.5
+    group_scale = torch.rand(2, K // 128, device=DEVICE) + 0.5
+    config = FewRowsConfig(block_n=4, block_k=256)
+    weight = kept(parts, format)
+    actual = multiply_few_rows(x, weight, None, torch.float32, config, x_scale=given, x_group_scale=group_scale)
+    scaled = x.float() * group_scale.repeat_interleave(128, 1) * given[:, None]
+    check(actual, scaled @ dequantize_weight(parts, format).t(), 3e-6)
+
+
+@pytest.mark.parametrize("text", ["int4:g128:zp", "int8", "mxfp8"])
+def test_few_rows_of_any_size(text: str) -> None:
+    """What the kernel's power of two must not bring to overflow or underflow."""
+    format = LinearFormat.parse(f"{text}/none")
+    parts = weight_of(format, 16)
+    weight = kept(parts, format)
+    x = rows_of(1).float()
+    config = FewRowsConfig(block_n=4, block_k=256)
+    for factor in (2.0**-30, 2.0**55):
+        out = multiply_few_rows(x * factor, weight, None, torch.float32, config) / factor
+        check(out, x @ dequantize_weight(parts, format).t(), 3e-6)
+    assert (multiply_few_rows(torch.zeros_like(x), weight, None, HALF, config) == 0).all()
+    x[0, 3] = float("nan")
+    assert multiply_few_rows(x, weight, None, HALF, config).isnan().all()
+
+
+def test_few_rows_read_whole_vectors() -> None:
+    format = LinearFormat.parse("int8/none")
+    parts = weight_of(format, 16, 40)
+    weight = kept(parts, format)
+    x = rows_of(1, 40)
+    assert not takes(weight)
+    with pytest.raises(ValueError, match="rows of 40 bytes, allowed: a multiple of 16"):
+        multiply_few_rows(x, weight, None, HALF, FewRowsConfig(block_n=4, block_k=64))
+    out = linear.quantized_linear(x, parts.values, parts.scale, None, None, None, None, "int8/none")
+    check(out, x.float() @ dequantize_weight(parts, format).t(), 4e-3)
 
 
 @pytest.mark.parametrize("text", ["int4:g32", "int8", "mxfp4"])

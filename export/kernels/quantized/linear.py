@@ -1,15 +1,16 @@
 """`camshaft::quantized_linear` on CUDA: which kernel takes which format and number of rows T.
 
     weights                      activations          few rows                           many rows
-    any                          none                 weight_tile                        dequantized, then the library
+    any                          none                 by 16 bits                         dequantized, then the library
     fp8 of rows or matrix        fp8, fp8_static      `gemm.scaled_linear`               the same
-    int8 of rows                 int8, int8_static    weight_tile, x in 16 bits          int8 tensor cores (`gemm_tiled`)
-    fp8 in blocks                fp8_block            weight_tile, x in 16 bits          fp8 tensor cores (`block_fp8`)
-    int4, groups from 64         fp8, fp8_static      weight_tile, x in 16 bits          fp8 tensor cores (`packed_fp8`)
-    any other pair                                    weight_tile, x in 16 bits          dequantized, then the library
+    int8 of rows                 int8, int8_static    by 16 bits                         int8 tensor cores (`gemm_tiled`)
+    fp8 in blocks                fp8_block            by 16 bits                         fp8 tensor cores (`block_fp8`)
+    int4, groups from 64         fp8, fp8_static      by 16 bits                         fp8 tensor cores (`packed_fp8`)
+    any other pair                                    by 16 bits                         dequantized, then the library
 
-x in 16 bits: the values of 8 bits or fewer that activations are rounded to, exact, whose scales multiply the sums. Where weights
-are dequantized, and where 128 values have a scale that no sum ends with, values times scales are rounded to 16 bits.
+By 16 bits: `few_rows` for one or two rows of x, `weight_tile` for more. Rounded rows are then their values of 8 bits or fewer,
+exact in 16 bits, and their scales multiply the sums. Where weights are dequantized, and where 128 values have
+a scale that no sum ends with, values times scales are rounded to 16 bits.
 
 Import this module only where Triton is installed.
 """
@@ -32,6 +33,7 @@ from . import tables
 from .activations import BLOCKS, Rounded, quantize_planes, round_rows
 from .block_fp8 import multiply_block_fp8
 from .dequantize import dequantize
+from .few_rows import FewRowsConfig, multiply_few_rows
 from .packed_fp8 import multiply_packed_fp8, step_of
 from .stored import Stored, obstacle, stored
 from .weight_tile import multiply_weight_tile
@@ -89,6 +91,10 @@ def multiply(x: Tensor, weight: Stored, bias: Tensor | None, x_scale: Tensor | N
     config = tables.choose(weight, x.shape[0]) if x.dtype in HALF else None
     if config is None:
         return F.linear(_scaled(rounded, x.dtype), dequantize(weight, x.dtype), bias)
+    if isinstance(config, FewRowsConfig):
+        return multiply_few_rows(
+            rounded.values, weight, bias, x.dtype, config, x_scale=rounded.scale, x_group_scale=rounded.group_scale
+        )
     if rounded.group_scale is not None:
         if weight.group < BLOCKS["fp8_block"]:  # no sum of the weight's ends with a block of x
             return multiply_weight_tile(_scaled(rounded, x.dtype), weight, bias, x.dtype, config)

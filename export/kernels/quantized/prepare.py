@@ -11,7 +11,7 @@ import torch
 from ....graph.linear_format import LinearFormat, part_shapes
 from .linear import quantized_linear
 
-ROW_CLASSES = (1, 32, 64, 65, 128, 256, 513, 2049)
+ROW_CLASSES = (1, 2, 32, 64, 65, 128, 256, 513, 2049)
 """Numbers of rows between which no other kernel is compiled."""
 _WORKERS = 4
 

@@ -10,25 +10,32 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..gemm_tiled import TiledConfig
+from .few_rows import FewRowsConfig, takes
 from .packed_fp8 import PackedFp8Config
 from .stored import Stored
 from .weight_tile import WeightTileConfig
 
 Tile = WeightTileConfig
+Few = FewRowsConfig
 _ANY = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A line of a table: products of at most `rows` rows and `columns` columns (N) run in `config`; None: the library."""
+    """A line of a table: products of at most `rows` rows and `columns` columns (N) run in `config`; None: the library.
+
+    Lines of `few_rows` are passed over for weights that it does not take.
+    """
 
     rows: int
     columns: int
-    config: WeightTileConfig | None
+    config: FewRowsConfig | WeightTileConfig | None
 
 
 INT4_TABLE = (
-    Choice(rows=1, columns=4096, config=Tile(block_n=128, block_k=128, splits=8, scale_sums=True)),
+    Choice(rows=1, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
+    Choice(rows=1, columns=_ANY, config=Few(block_n=8, block_k=4096)),
+    Choice(rows=2, columns=_ANY, config=Few(block_n=4, block_k=2048, warps=2)),
     Choice(rows=16, columns=4096, config=Tile(block_n=64, block_k=256, splits=4, weight_left=True)),
     Choice(rows=32, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True, scale_sums=True)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=128, block_k=128, scale_sums=True)),
@@ -43,6 +50,9 @@ INT4_TABLE = (
 )
 """int4."""
 FP4_TABLE = (
+    Choice(rows=1, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
+    Choice(rows=1, columns=_ANY, config=Few(block_n=8, block_k=4096)),
+    Choice(rows=2, columns=_ANY, config=Few(block_n=4, block_k=2048, warps=2)),
     Choice(rows=16, columns=8192, config=Tile(block_n=64, block_k=256, splits=4)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=256)),
     Choice(rows=64, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
@@ -51,6 +61,9 @@ FP4_TABLE = (
 )
 """e2m1: nvfp4 and mxfp4."""
 BYTE_TABLE = (
+    Choice(rows=1, columns=8192, config=Few(block_n=4, block_k=2048)),
+    Choice(rows=1, columns=_ANY, config=Few(block_n=8, block_k=4096, warps=8)),
+    Choice(rows=2, columns=8192, config=Few(block_n=4, block_k=2048)),
     Choice(rows=64, columns=4096, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
     Choice(rows=32, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=128, weight_left=True)),
@@ -73,11 +86,13 @@ BLOCK_FP8 = TiledConfig(block_m=64, block_n=128, block_k=128, warps=4, stages=4)
 PACKED_FP8 = PackedFp8Config(block_m=64, block_n=128, warps=4, stages=4)
 
 
-def choose(weight: Stored, num_rows: int) -> WeightTileConfig | None:
+def choose(weight: Stored, num_rows: int) -> FewRowsConfig | WeightTileConfig | None:
     """The configuration for T rows of 16 bits; None: the library's product."""
-    lines = _TABLES[weight.kind]
-    config = next(line.config for line in lines if num_rows <= line.rows and weight.rows <= line.columns)
-    return None if config is None else fitted(config, weight)
+    for line in _TABLES[weight.kind]:
+        config = line.config
+        if num_rows <= line.rows and weight.rows <= line.columns and (takes(weight) or not isinstance(config, Few)):
+            return fitted(config, weight) if isinstance(config, Tile) else config
+    raise AssertionError(f"the last line of {weight.kind}'s table takes everything")
 
 
 def fitted(config: WeightTileConfig, weight: Stored, *, on_sums: bool = False) -> WeightTileConfig:

@@ -60,8 +60,8 @@ def _per_column(values, LEFT: tl.constexpr):
 
 
 @triton.jit
-def _group_numbers(at, offs_n, start, K, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    # scales or zero points of a step's groups: [BLOCK_N, groups of the step], of row n / BLOCK_ROWS
+def group_numbers(at, offs_n, start, K, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Scales or zero points of a step's groups: [BLOCK_N, groups of the step], of row n / BLOCK_ROWS."""
     COUNT: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
     groups = tl.cdiv(K, GROUP)
     group = start // GROUP + tl.arange(0, COUNT)
@@ -71,8 +71,8 @@ def _group_numbers(at, offs_n, start, K, GROUP: tl.constexpr, BLOCK_ROWS: tl.con
 
 
 @triton.jit
-def _over_words(numbers, WORDS: tl.constexpr):
-    # [BLOCK_N, groups] -> float32 [BLOCK_N, WORDS], each as often as its group has words
+def over_words(numbers, WORDS: tl.constexpr):
+    """[BLOCK_N, groups] -> [BLOCK_N, WORDS], each as often as its group has words."""
     ROWS: tl.constexpr = numbers.shape[0]
     GROUPS: tl.constexpr = numbers.shape[1]
     wide = tl.broadcast_to(numbers[:, :, None], [ROWS, GROUPS, WORDS // GROUPS])
@@ -138,12 +138,12 @@ def _weight_tile_kernel(
         if row_zero is not None:
             zero = tl.broadcast_to(row_zero[:, None], [BLOCK_N, WORDS])
         elif zero_point is not None:
-            zeros = _group_numbers(zero_point, offs_n, start, K, GROUP, BLOCK_ROWS, BLOCK_K)
-            zero = _over_words(zeros.to(tl.float32), WORDS)
+            zeros = group_numbers(zero_point, offs_n, start, K, GROUP, BLOCK_ROWS, BLOCK_K)
+            zero = over_words(zeros.to(tl.float32), WORDS)
         if GROUP > 0:
-            scales = decode_scale(_group_numbers(scale, offs_n, start, K, GROUP, BLOCK_ROWS, BLOCK_K))
+            scales = decode_scale(group_numbers(scale, offs_n, start, K, GROUP, BLOCK_ROWS, BLOCK_K))
             if not ON_SUMS:
-                factor = _over_words(scales, WORDS)
+                factor = over_words(scales, WORDS)
         values = unpack(w, zero, factor, KIND, x.dtype.element_ty, ASM)
         rows = pair_columns(rows, V)
         if GROUP > 0 and ON_SUMS:
