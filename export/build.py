@@ -369,6 +369,7 @@ def _facts(source: ModelSource, program: Program) -> ModelFacts:
         eos_token_ids=source.eos_token_ids,
         max_positions=source.max_positions,
         hidden_size=None if head is None else int(value(cast(fx.Node, head.args[0])).shape[-1]),
+        hidden_input=source.hidden_input,
         num_parameters=sum(_count(program.weights[spec.key].shape) for _, spec in program.placeholders("weight")),
     )
 

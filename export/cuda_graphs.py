@@ -68,6 +68,10 @@ class CaptureLimits(NamedTuple):
     num_groups: int
     """Cache groups."""
     vocab_size: int
+    hidden_input: int | None = None
+    """Width of the hidden states that steps bring beside their tokens; None: none."""
+    dtype: torch.dtype = torch.float32
+    """Of these hidden states."""
 
 
 class StepGraphs:
@@ -97,6 +101,9 @@ class StepGraphs:
         self._tables = [zeros(most, limits.table_width, dtype=torch.int32) for _ in range(limits.num_groups)]
         self._lens, self._starts = zeros(most, dtype=torch.int32), zeros(most + 1, dtype=torch.int32)
         self._sample_rows = zeros(sizes.padded("R", most), dtype=torch.int64)
+        self._hidden_input: Tensor | None = None
+        if limits.hidden_input is not None:
+            self._hidden_input = zeros(rows, limits.hidden_input, dtype=limits.dtype)
         self._logits: Tensor | None = None
         self._hidden: Tensor | None = None
         """[T, L, H] of the largest step, where there are hidden states."""
@@ -256,6 +263,8 @@ class StepGraphs:
             "positions": self._positions[None, :tokens],
             "sample_rows": self._outputs(shape)[0][:rows],
         }
+        if self._hidden_input is not None:
+            values["hidden"] = self._hidden_input[None, :tokens]
         context = StepContext(
             [(slots[:tokens], tables[: shape.sequences]) for slots, tables in zip(self._slots, self._tables)],
             self._starts[: shape.sequences + 1], self._lens[: shape.sequences],
@@ -278,6 +287,8 @@ class StepGraphs:
             values.append(batch.tree_mask)
         torch._foreach_copy_(into, values)
         torch._foreach_copy_([self._lens[:count], self._starts[: count + 1]], [batch.seq_lens, batch.query_start])
+        if self._hidden_input is not None:
+            self._hidden_input[:tokens].copy_(batch.hidden)
         for tables, group in zip(self._tables, batch.groups):
             tables[:count, : group.block_tables.shape[1]].copy_(group.block_tables)
         if count < shape.sequences:

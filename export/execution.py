@@ -148,7 +148,8 @@ class Execution:
         self.open(captured_sizes(build.buckets, max_sequences))
         limits = CaptureLimits(
             build.buckets, build.max_batch_tokens, max_sequences, build.max_seq_len,
-            -(-build.max_seq_len // cache.block_size), len(cache.windows), model.vocab_size,
+            -(-build.max_seq_len // cache.block_size), len(cache.windows), model.vocab_size, model.hidden_input,
+            getattr(torch, build.dtype),
         )  # fmt: skip
         self._graphs = graphs = StepGraphs(self._launch, self._sizes, limits, self.device, self._stream)
         graphs.capture_decodes()
@@ -182,6 +183,8 @@ class Execution:
             "positions": _pad(batch.positions, tokens, 0)[None],
             "sample_rows": _pad(batch.sample_rows, rows, 0),
         }
+        if self._manifest.model.hidden_input is not None:
+            values["hidden"] = _pad(batch.hidden, tokens, 0)[None]
         with self._on_stream():
             logits, states = self._launch(values, context)
             return StepOutputs(logits[:num_rows], stack_hidden(states, num_tokens))
@@ -207,4 +210,5 @@ class Execution:
 
 
 def _pad(tensor: Tensor, count: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, count), value=value) if count else tensor
+    """`count` more entries along the first axis."""
+    return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.dim() - 1), 0, count), value=value) if count else tensor

@@ -83,6 +83,8 @@ class ModelFacts:
     num_parameters: int
     hidden_size: int | None = None
     """Width of what the head reads, and of hidden states; None where no linear layer makes the logits."""
+    hidden_input: int | None = None
+    """Width of the hidden states that a step brings beside its tokens, `Batch.hidden`; None: it brings none."""
     config: dict[str, Any] = field(default_factory=dict)
     """The Hugging Face config, as it differs from the defaults."""
 

@@ -169,18 +169,23 @@ def translate(
     store: WeightStore,
     num_tokens: int,
     num_rows: int,
+    hidden_input: int | None = None,
 ) -> Program:
     """The program of a plan for T tokens and R sampled rows.
 
-    store: makes weights what the interpreter reads. Raises Unsupported.
+    store: makes weights what the interpreter reads. hidden_input: width of the plan's input `hidden`. Raises Unsupported.
     """
     from .native_ops import Translator
 
     program = Program()
     slots: dict[str, Any] = {}
     for name in plan.inputs:
-        shape = (num_rows,) if name == "sample_rows" else (1, num_tokens)
-        slots[name] = program.inputs[name] = program.new(shape, torch.int64)
+        if name == "hidden":
+            assert hidden_input is not None, "a plan with hidden states as an input says how wide they are"
+            slots[name] = program.inputs[name] = program.new((1, num_tokens, hidden_input))
+        else:
+            shape = (num_rows,) if name == "sample_rows" else (1, num_tokens)
+            slots[name] = program.inputs[name] = program.new(shape, torch.int64)
         program.touch(slots[name], 0)
     translator = Translator(program, store)
     for step in plan.steps:

@@ -93,11 +93,17 @@ class NativeStep:
     """
 
     def __init__(
-        self, plan: Plan, weights: Mapping[str, Tensor], vocab_size: int, max_tokens: int = MAX_TOKENS
+        self,
+        plan: Plan,
+        weights: Mapping[str, Tensor],
+        vocab_size: int,
+        max_tokens: int = MAX_TOKENS,
+        hidden_input: int | None = None,
     ) -> None:
         library = _library()
         self.max_tokens = max_tokens
         self._plan, self._weights, self._vocab_size = plan, weights, vocab_size
+        self._hidden_input = hidden_input
         self._store = WeightStore(int(library.camshaft_step_panel()))
         self._run = library.camshaft_step_run
         self._pool = library.camshaft_step_create()
@@ -118,7 +124,7 @@ class NativeStep:
         """Writes the largest program, for its arena and all copies of weights. Raises Unsupported."""
         with torch.inference_mode():
             size = self.max_tokens
-            program = translate(self._plan, self._weights, caches, self._store, size, size)
+            program = translate(self._plan, self._weights, caches, self._store, size, size, self._hidden_input)
         self._arena = _arena(program.arena_bytes)
 
     def takes(self, batch: Any) -> bool:
@@ -153,7 +159,7 @@ class NativeStep:
         assert self._caches is not None
         with torch.inference_mode():
             program = translate(
-                self._plan, self._weights, self._caches, self._store, num_tokens, num_rows
+                self._plan, self._weights, self._caches, self._store, num_tokens, num_rows, self._hidden_input
             )  # fmt: skip
         while len(self._ready) >= _MAX_PROGRAMS:
             del self._ready[next(iter(self._ready))]
@@ -179,11 +185,15 @@ class _Ready:
         assert program.output is not None
         self.result = program.address(program.output, base)
         self.hidden = [program.view(tensor, arena, base) for tensor in program.hidden]
+        given = program.inputs.get("hidden")
+        self.hidden_input = None if given is None else program.view(given, arena, base)
         self.head = (ctypes.addressof(self.code), len(program.instructions))
         self.groups = ctypes.create_string_buffer(_GROUP.size * max(num_groups, 1))
 
     def fill(self, batch: Any, logits: Tensor) -> None:
-        """Puts a batch's addresses into the buffer."""
+        """Puts a batch's addresses into the buffer, and its hidden states where the program reads them."""
+        if self.hidden_input is not None:
+            self.hidden_input[0].copy_(batch.hidden)
         for index, group in enumerate(batch.groups):
             tables = group.block_tables
             _GROUP.pack_into(self.groups, index * _GROUP.size, group.slot_mapping.data_ptr(), tables.data_ptr(),
@@ -259,7 +269,8 @@ def make_native_step(plan: Plan, manifest: Manifest, weights: Mapping[str, Tenso
     native: NativeStep | None = None
     if reason is None:
         try:
-            native = NativeStep(plan, weights, manifest.model.vocab_size)
+            model = manifest.model
+            native = NativeStep(plan, weights, model.vocab_size, hidden_input=model.hidden_input)
             native.check(_empty_caches(manifest.cache))
         except (Unsupported, NativeBuildError) as error:
             native, reason = None, str(error)

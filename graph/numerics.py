@@ -22,6 +22,10 @@ class Comparison:
             "token_ids": torch.randint(0, vocabulary, (1, num_tokens), generator=generator),
             "positions": torch.arange(num_tokens)[None],
         }
+        for _, spec in program.placeholders("token"):
+            if spec.dtype.is_floating_point:  # hidden states
+                values = torch.randn((1, num_tokens, int(spec.shape[-1])), generator=generator)
+                self._inputs[spec.name] = values.to(spec.dtype)
         self._last: tuple[Program, Tensor] | None = None
 
     def __call__(self, before: Program, after: Program) -> float:

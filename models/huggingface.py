@@ -27,6 +27,7 @@ from .checkpoint import open_checkpoint
 from .quantized_checkpoint.load import check_scheme
 from .quantized_checkpoint.settings import read_settings
 from .random_weights import RandomWeights
+from .speculative.eagle_model import EagleModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class ModelSource:
 
     max_positions: longest sequence that the model knows, in tokens, or None; eos_token_ids: ids that end a text;
     tokenizer_dir: a directory with tokenizer files, or None; quantized: the scheme of a checkpoint that is quantized, or None.
+    hidden_input: width of hidden states that the model takes beside each token (its forward's `hidden` [1, T, H]), or None.
     """
 
     name: str
@@ -51,6 +53,7 @@ class ModelSource:
     tokenizer_dir: Path | None
     info: dict[str, Any] = field(default_factory=dict)
     quantized: str | None = None
+    hidden_input: int | None = None
 
 
 class _PackedRow(nn.Module):
@@ -64,6 +67,18 @@ class _PackedRow(nn.Module):
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         extra = {"position_ids": positions} if self.by_position else {}
         return self.model(input_ids=token_ids, use_cache=False, **extra).logits
+
+
+class _HiddenRow(nn.Module):
+    """As `_PackedRow` for a model that reads hidden states [1, T, H], too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, token_ids: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model(token_ids, positions, hidden)
+        return logits
 
 
 @contextmanager
@@ -84,13 +99,14 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def open_model(model_or_path: Any, dtype: torch.dtype) -> ModelSource:
-    """Opens a Hugging Face directory, hub id, `PreTrainedModel` or `RandomWeights`; weights take `dtype` where the model lets them.
+    """Opens a Hugging Face directory, hub id, `PreTrainedModel`, `RandomWeights` or `EagleModel`; weights take `dtype` where the
+    model lets them.
 
     Raises ValueError for a directory without config or weights, an unknown architecture, or a checkpoint that does not fit.
     """
     if isinstance(model_or_path, nn.Module):
         return _from_module(model_or_path, dtype)
-    if isinstance(model_or_path, RandomWeights):
+    if isinstance(model_or_path, (RandomWeights, EagleModel)):
         return model_or_path.open(dtype)
     return _from_directory(_local_directory(model_or_path), str(model_or_path), dtype)
 
@@ -256,7 +272,10 @@ def _refuse_recurrent(name: str, model: Any) -> None:
 
 
 def trace_decoder(source: ModelSource) -> Program:
-    """Traces a decoder: inputs token_ids and positions [1, T] int64, output logits [1, T, vocabulary]. Raises CaptureError."""
+    """Traces a decoder: inputs token_ids and positions [1, T] int64, output logits [1, T, vocabulary]. Raises CaptureError.
+
+    A model with `hidden_input` has a third input, hidden [1, T, H] in the dtype of its weights.
+    """
     import inspect
 
     model: Any = source.model
@@ -270,16 +289,22 @@ def trace_decoder(source: ModelSource) -> Program:
     # two tensors: torch.export takes one that is passed twice for one input
     examples = tuple(fake_mode.from_tensor(torch.zeros((1, 8), dtype=torch.int64)) for _ in range(2))
     num_tokens = torch.export.Dim("T", min=2, max=(source.max_positions or 1 << 20) - 1)
+    row: nn.Module = _PackedRow(model, by_position)
+    inputs: tuple[str, ...] = ("token_ids", "positions")
+    if source.hidden_input is not None:
+        row, inputs = _HiddenRow(model), (*inputs, "hidden")
+        dtype = next(weight.dtype for weight in weights.values() if weight.dtype.is_floating_point)
+        examples = (*examples, fake_mode.from_tensor(torch.zeros((1, 8, source.hidden_input), dtype=dtype)))
     uses_interface = model.config._attn_implementation == attention.NAME
     with nullcontext() if uses_interface else attention.symbolic_masks():
         program = capture(
-            _PackedRow(model, by_position),
+            row,
             examples,
-            dynamic_shapes={"token_ids": {1: num_tokens}, "positions": {1: num_tokens}},
+            dynamic_shapes={name: {1: num_tokens} for name in inputs},
             weights=weights,
             kind="decoder",
             name=source.name,
-            token_inputs=("token_ids", "positions"),
+            token_inputs=inputs,
             prefix="model.",
         )
     program.info.update(source.info)

@@ -72,6 +72,8 @@ class Batch:
     """[T] int64, None where no sequence verifies a token tree. 0: the row attends its context and, as usual, the rows before it.
     Otherwise bit j says whether it attends row j of its own sequence (itself included); the context in front of the sequence's
     rows is always attended. Keys of a tree are at the slots of their rows, and `positions` are those of their depths."""
+    hidden: torch.Tensor | None = None
+    """[T, H] hidden states beside the tokens, in the compute dtype, for an engine that takes them (EAGLE's draft); else None."""
 
     @property
     def num_tokens(self) -> int:
