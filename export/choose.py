@@ -98,9 +98,12 @@ def _lower_on_cpu(program: Program, config: BuildConfig, directory: Path, timer:
 
 
 def plan_for(program: Program, target_name: str) -> Plan:
-    """The program cut for a target."""
+    """The program cut for a target, and its parts."""
     target = get_target(target_name)
-    return partition(program, target.supports, split_rows=target.fixed_sizes)
+    plan = partition(program, target.supports, split_rows=target.fixed_sizes)
+    for name, part in program.parts.items():
+        plan.add_part(name, partition(part, target.supports, split_rows=target.fixed_sizes))
+    return plan
 
 
 def _lower(

@@ -43,7 +43,7 @@ def target_text(node: fx.Node) -> str:
 
 
 def program_text(program: Program) -> str:
-    """The whole program as text: inputs first, then one node a line."""
+    """The whole program as text: inputs first, then one node a line; its parts behind it."""
     lines = [f"# {program.name}: {len(program.graph.nodes)} nodes, {len(program.weights)} weights"]
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -55,7 +55,7 @@ def program_text(program: Program) -> str:
         else:
             args = ", ".join([*map(str, node.args), *(f"{k}={v}" for k, v in node.kwargs.items())])
             lines.append(f"{node.name}: {type_text(node.meta.get('val'))} = {target_text(node)}({args})")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(["\n".join(lines), *(program_text(part).rstrip() for part in program.parts.values())]) + "\n"
 
 
 def dump_program(program: Program, path: Path) -> None:

@@ -111,6 +111,8 @@ class Program:
     out_spec: Any = None
     in_spec: Any = None
     arguments: tuple[str, ...] = ()
+    parts: dict[str, Program] = field(default_factory=dict)
+    """Further graphs over the same weights and caches, made of this one by a pass, by name (`split_early_exit`)."""
 
     @property
     def graph(self) -> fx.Graph:
@@ -151,6 +153,14 @@ class Program:
         shape = tuple(int(size) if isinstance(size, int) else str(size) for size in fake.shape)
         self.inputs.insert(0, InputSpec(name=node.name, kind=kind, key=key, shape=shape, dtype=fake.dtype))
         return node
+
+    @property
+    def all_weights(self) -> WeightMap:
+        """The weights of the graph and of its parts, each once."""
+        every = dict(self.weights)
+        for part in self.parts.values():
+            every.update(part.weights)
+        return WeightMap(every)
 
     def count(self, target: Any) -> int:
         """Number of nodes that call `target`."""

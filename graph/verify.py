@@ -36,7 +36,10 @@ class VerificationError(AssertionError):
 
 
 def verify(program: Program, *, after: str) -> None:
-    """Checks that the graph is well formed. Raises VerificationError, naming the pass `after` which it was called."""
+    """Checks that the graph, and those of its parts, are well formed. Raises VerificationError, naming the pass `after` which it
+    was called."""
+    for name, part in program.parts.items():
+        verify(part, after=f"{after} ({name})")
     program.graph.lint()
     names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
     specs = [spec.name for spec in program.inputs]

@@ -82,11 +82,16 @@ def random_row(program: Program, num_tokens: int, seed: int) -> Tensor:
     return torch.randint(0, int(program.info.get("vocab_size", 32)), (num_tokens,), generator=generator)
 
 
-def run_row(program: Program, token_ids: Tensor) -> Tensor:
-    """Logits [T, V] of one row of tokens [T] int64 from position 0, operator by operator on the CPU, whether paged or not."""
+def run_row(program: Program, token_ids: Tensor, *, hidden: Tensor | None = None) -> Tensor:
+    """Logits [T, V] of one row of tokens [T] int64 from position 0, operator by operator on the CPU, whether paged or not.
+
+    hidden: [T, H] for a program that reads hidden states, too.
+    """
     num_tokens = token_ids.shape[0]
     rows = torch.arange(num_tokens)
     given = {"token_ids": token_ids[None], "positions": rows[None], "sample_rows": rows}
+    if hidden is not None:
+        given["hidden"] = hidden[None]
     arguments: list[Tensor] = []
     for _, spec in program.placeholders():
         if spec.kind == "weight":

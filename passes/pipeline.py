@@ -27,6 +27,7 @@ from .quantize_linear import QuantizeLinear
 from .resolve_masks import ResolveMasks
 from .select_rows import SelectRows
 
+from .split_early_exit import ExitWeights, MarkExit, SplitEarlyExit
 
 def canonicalize_passes() -> list[GraphPass]:
     """Semantic operators out of aten chains; legal for any program."""
@@ -69,6 +70,8 @@ def decoder_passes(
     fuse_rope: bool = False,
     hidden_layers: tuple[int, ...] = (),
 ) -> list[GraphPass]:
+    early_exit: int | None = None,
+    exit_weights: ExitWeights | None = None,
     """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out.
 
     quantize: recipe of linear layers, None: as the checkpoint has them; quantizer, kernels: see `quantize_passes`. cache_dtype: of
@@ -80,6 +83,7 @@ def decoder_passes(
         *canonicalize_passes(),
         *fuse_passes(),
         *(stored_passes(kernels) if quantize is None else quantize_passes(quantize, quantizer, kernels)),
+        *([MarkExit(early_exit)] if early_exit is not None else []),
         PageAttention(block_size=block_size, cache_dtype=cache_dtype),
         SelectRows(),
         *([BindStoredWeights(kernels, head=True)] if quantize is None else []),
@@ -89,5 +93,6 @@ def decoder_passes(
 
 
 def module_passes() -> list[GraphPass]:
+        *([SplitEarlyExit(exit_weights)] if early_exit is not None else []),
     """The pipeline of a module that is no decoder: canonical and fused, inputs and outputs as they were."""
     return [*canonicalize_passes(), *fuse_passes()]

@@ -55,7 +55,9 @@ def check_exit(layer: object, num_layers: int | None, name: str) -> None:
     """Raises ValueError for an exit that a model of `num_layers` layers (None: of any) has not."""
     whole = isinstance(layer, int) and not isinstance(layer, bool)
     if not whole or layer < 1 or (num_layers is not None and layer >= num_layers):  # type: ignore[operator]
-        limit = "the number of layers - 1" if num_layers is None else f"{num_layers - 1}, since it has {num_layers} layers"
+        limit = (
+            "the number of layers - 1" if num_layers is None else f"{num_layers - 1}, since it has {num_layers} layers"
+        )
         raise ValueError(f"early_exit is {layer!r} for {name}; allowed: 1 (behind the first layer) to {limit}")
 
 
@@ -96,7 +98,10 @@ class ExitWeights:
 
 @dataclass
 class SplitEarlyExit(GraphPass):
-    """Makes the parts at the two outputs that `MarkExit` has added. trained: the exit's own norm and adapter; None: the model's norm."""
+    """Makes the parts at the two outputs that `MarkExit` has added.
+
+    trained: the exit's own norm and adapter; None: the model's norm.
+    """
 
     trained: ExitWeights | None = None
 
@@ -217,14 +222,14 @@ def _exit(part: Program, trained: ExitWeights | None) -> Program:
     example = value(hidden)
     if trained.norm.shape != (example.shape[2],):
         raise ValueError(
-            f"the trained exit is for hidden states of {trained.norm.shape[0]}, and those of {part.name} have {example.shape[2]}; give "
-            "the checkpoint that was trained for this model"
+            f"the trained exit is for hidden states of {trained.norm.shape[0]}, and those of {part.name} have {example.shape[2]}; "
+            "give the checkpoint that was trained for this model"
         )
-    weights = {
-        name: part.add_input(f"exit_{name}", kind="weight", key=part.weights.add(f"exit.{name}.weight", weight),
-                             example=torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
-        for name, weight in (("down", trained.down), ("up", trained.up), ("norm", trained.norm))
-    }  # fmt: skip
+    weights = {}
+    for name, weight in (("down", trained.down), ("up", trained.up), ("norm", trained.norm)):
+        key = part.weights.add(f"exit.{name}.weight", weight)
+        like = example.new_empty(weight.shape, dtype=weight.dtype)
+        weights[name] = part.add_input(f"exit_{name}", kind="weight", key=key, example=like)
     with part.graph.inserting_before(norm):
         inner = call(part, aten.silu.default, call(part, aten.linear.default, hidden, weights["down"]))
         adapted = call(part, aten.add.Tensor, hidden, call(part, aten.linear.default, inner, weights["up"]))
@@ -238,15 +243,22 @@ def _exit(part: Program, trained: ExitWeights | None) -> Program:
 
 def _check(program: Program) -> None:
     """Raises ValueError where parts share the work of a layer, or an exit reads more than hidden states."""
-    work = {name: {n.name for n in part.graph.nodes if is_call(n, *_LAYER_WORK)} for name, part in program.parts.items()}
+    work = {
+        name: {n.name for n in part.graph.nodes if is_call(n, *_LAYER_WORK)} for name, part in program.parts.items()
+    }
     shared = sorted(work["early"] & work["late"])
     if shared:
         raise ValueError(
-            f"{program.name} has no early exit: {', '.join(shared[:3])} of the first layers is read by later ones as well as through "
-            "the hidden states; build it without early_exit"
+            f"{program.name} has no early exit: {', '.join(shared[:3])} of the first layers is read by later ones besides the "
+            "hidden states; build it without early_exit"
         )
-    foreign = [spec.name for spec in program.parts["exit"].inputs if spec.kind == "cache" or spec.key in ("token_ids", "positions")]
+    foreign = [
+        spec.name
+        for spec in program.parts["exit"].inputs
+        if spec.kind == "cache" or spec.key in ("token_ids", "positions")
+    ]
     if foreign:
         raise ValueError(
-            f"{program.name} has no early exit: its head reads {', '.join(foreign[:3])} besides hidden states; build it without early_exit"
+            f"{program.name} has no early exit: its head reads {', '.join(foreign[:3])} besides hidden states; build it without "
+            "early_exit"
         )
