@@ -81,8 +81,9 @@ class EagleLayer(nn.Module):
         super().__init__()
         self.self_attn = EagleAttention(config)
         self.mlp = LlamaMLP(config)
-        for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
-            setattr(self, name, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        self.hidden_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm_before_residual = bool(getattr(config, "norm_before_residual", False))
 
     def forward(self, embedded: Tensor, hidden: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:

@@ -59,9 +59,13 @@ class Target:
 class Objective(Protocol):
     """One method's training."""
 
-    module: nn.Module
     layers: tuple[int, ...]
     """Hidden states that it needs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def loss(self, features: Features) -> Tensor:
         """Mean loss in nats."""
@@ -199,7 +203,7 @@ class ExitObjective:
         self._lm_head = lm_head
 
     def _logits(self, features: Features) -> Tensor:
-        return self._lm_head(self.module(features.captured))  # type: ignore[no-any-return]
+        return self._lm_head(self.module(features.captured))
 
     def loss(self, features: Features) -> Tensor:
         """To the target's distribution at the same row."""

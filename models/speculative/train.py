@@ -103,7 +103,8 @@ def make_objective(method: str, target: Target, text: TrainingText, settings: Se
         with torch.no_grad():
             head.norm.weight.copy_(target.model.model.norm.weight)
         return ExitObjective(head.to(embedding.device), target.model.lm_head)
-    draft_config: Any = LlamaConfig(
+    make_config: Callable[..., Any] = LlamaConfig
+    draft_config = make_config(
         hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, head_dim=config.head_dim,
         num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
         num_hidden_layers=1, vocab_size=config.vocab_size, rms_norm_eps=config.rms_norm_eps,
