@@ -96,6 +96,8 @@ class Verified:
     """How many of them became output."""
     start: int = 0
     """Position of the first row; the token of row i is `request.all_token_ids[start + i]`."""
+    nodes: Sequence[int] = ()
+    """[num_accepted] numbers of the accepted drafts, ascending: 0, 1 ... for a chain, those of the branch for a tree."""
     states: torch.Tensor | None = None
     """[T, layers, H] hidden states of the whole step, in the order of the proposer's `hidden_layers`, on the device; one tensor for
     all requests of a step, which nobody writes to afterwards. None where `hidden_layers` is empty and for requests that ended."""

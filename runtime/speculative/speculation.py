@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from .adaptive import AdaptiveLengths
 from .config import SpeculativeConfig
 from .hidden_rows import StepHidden, kept_rows
 from .metrics import SpeculativeMetrics
+from .moves import SlotMoves
 from .proposer import Drafts, Proposer, Target, Verified
 from .verification import Outcome, StepDrafts
 
@@ -189,6 +189,7 @@ class Speculation:
         """Counts what became of drafts; what to tell the proposer of them, by index in the plan."""
         new_tokens = {id(update.request): len(update.new_token_ids) for update in updates}
         verified: dict[int, Verified] = {}
+        moves = SlotMoves(self._runner.engine)
         for outcome in outcomes:
             row = plan.others[outcome.index - len(plan.decodes)]
             request, num_tokens = row.request, new_tokens.get(id(row.request), 0)
@@ -200,9 +201,10 @@ class Speculation:
             for counts in (metrics, self.totals):
                 counts.count(num_drafts, counted, num_tokens)
             self.lengths.count(request.request_id, num_drafts, num_accepted)
-            verified[outcome.index] = Verified(request, num_drafts, num_accepted, row.start)
+            verified[outcome.index] = Verified(request, num_drafts, num_accepted, row.start, outcome.nodes)
             if not request.is_finished:
-                self._keep_path(request, row.start + row.num_tokens - row.num_draft_tokens, outcome.nodes)
+                moves.add(request.block_ids, row.start + row.num_tokens - row.num_draft_tokens, outcome.nodes)
+        moves.launch()
         return verified
 
     def _add_hidden(
@@ -214,18 +216,6 @@ class Speculation:
                 continue
             item = verified.setdefault(index, Verified(request, 0, 0, start))
             item.states, item.rows = hidden.states, rows
-
-    def _keep_path(self, request: Request, first: int, nodes: Sequence[int]) -> None:
-        """Moves keys and values of accepted drafts of a tree to where the next tokens of a text belong: first, first + 1 ..."""
-        moved = [(first + node, first + place) for place, node in enumerate(nodes) if node != place]
-        if not moved:
-            return
-        engine: Any = self._runner.engine
-        size = engine.block_size
-        for group, blocks in enumerate(request.block_ids):
-            slots = [[blocks[at // size] * size + at % size for at in pair] for pair in moved]
-            source, destination = zip(*(pair for pair in slots if min(pair) >= 0))
-            engine.copy_slots(group, list(source), list(destination))
 
     def begin_step(self, *, follows: bool) -> None:
         """A step begins; `follows`: one is in flight, so the device is busy."""

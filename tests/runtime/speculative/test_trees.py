@@ -7,10 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
+from camshaft.models import demo
 from camshaft.runtime import LLM, GenerationError, SamplingParams, SpeculativeConfig
 from camshaft.runtime.speculative import Drafts
 
+import camshaft
+
 from ..fake_engine import FakeEngine, context_hash, expected_tokens, logits_of
+from .proposers import branching
 
 TREE = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0))
 
@@ -121,3 +125,30 @@ def test_greedy_and_exact_tokens_are_those_of_plain_decoding(asynchronous):
 def test_trees_need_an_engine_that_takes_them():
     with LLM(FakeEngine(), speculative=CONFIG) as llm, pytest.raises(GenerationError, match="takes no tree masks"):
         llm.generate([1, 2], SamplingParams(temperature=0))
+
+
+@pytest.mark.parametrize("target", ["eager", "onnxruntime"])
+def test_greedy_tokens_of_the_demo_model_are_those_of_plain_decoding(target):
+    """Real attention, in mixed batches with chunked prompts, a prefix cache and preemption; ONNX Runtime has native steps, too."""
+    engine = camshaft.compile(
+        str(demo.path()), target=target, max_seq_len=256, max_batch_tokens=96, max_sequences=8, block_size=8
+    )
+    rng = random.Random(0)
+    shared = [rng.randrange(300, 4000) for _ in range(20)]
+    prompts = [
+        (shared if i % 2 else []) + [rng.randrange(300, 4000) for _ in range(rng.randrange(1, 60))] for i in range(10)
+    ]
+    params = [SamplingParams(temperature=0, max_tokens=rng.randrange(4, 28), ignore_eos=True) for _ in prompts]
+    blocks = sum(group.bytes_per_block for group in engine.cache_groups)
+    kwargs = dict(kv_cache_bytes=28 * blocks, policy="max_utilization", max_chunk_tokens=24)
+    with LLM(engine, **kwargs) as llm:
+        plain = [output.token_ids for output in llm.generate(prompts, params, progress=False)]
+    texts = [[*prompt, *tokens] for prompt, tokens in zip(prompts, plain)]
+    config = SpeculativeConfig(method="custom", proposer=branching(texts), tree=TREE, adaptive=False)
+    with LLM(engine, speculative=config, **kwargs) as llm:
+        for _ in range(2):  # the second time from the prefix cache
+            found = [output.token_ids for output in llm.generate(prompts, params, progress=False)]
+            assert found == plain
+        stats = llm.stats()
+        llm._core.scheduler.check_integrity()
+    assert stats.speculative.mean_accepted_length > 1.5 and stats.scheduler.preemptions > 0
