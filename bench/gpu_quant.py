@@ -1,6 +1,6 @@
 """Quantized linear layers of Llama-3.1-8B on a GPU: every format against its definition, then configurations against the clock.
 
-    python3 bench/gpu_quant.py --out OUT [--seconds 400] [--sections numerics,sweep,layers,prefill] [--formats ...]
+    python3 bench/gpu_quant.py --out OUT [--seconds 400] [--sections numerics,sweep,layers,prefill] [--formats ...] [--rows 1,2,32]
 
 numerics   every format at several numbers of rows, by the tables, against the definition in float32
 sweep      each product alone, in a CUDA graph, its weights in turn from several copies so that the L2 cache does not hold them
@@ -29,7 +29,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import torch  # noqa: E402
 from camshaft.export.kernels import gemm, row_quantize  # noqa: E402
 from camshaft.export.kernels.quantized.linear import quantized_linear  # noqa: E402
-from camshaft.export.kernels.quantized.weight_tile import WeightTileConfig  # noqa: E402
 from linear_cases import BANDWIDTH, BF16, DEVICE, SHAPES, STREAM, Weights, error_of, seconds, synchronize  # noqa: E402
 from quant_cases import (  # noqa: E402
     FORMATS,
@@ -38,10 +37,10 @@ from quant_cases import (  # noqa: E402
     Config,
     QuantWeights,
     configs,
+    kernel_of,
     literal,
     name_of,
     product_of,
-    smallest,
     tried,
 )
 from torch import Tensor  # noqa: E402
@@ -49,8 +48,8 @@ from torch import Tensor  # noqa: E402
 LAYER = ("qkv", "o", "gate_up", "down")
 CHECK_ROWS = (1, 3, 8, 33, 64, 256, 2048) if DEVICE == "cuda" else (1, 33, 70)
 CHECK_SHAPE = (1040, 4096) if DEVICE == "cuda" else (80, 256)
-SWEEP_ROWS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096) if DEVICE == "cuda" else (1, 70)
-LAYER_ROWS = (1, 8, 16, 32, 64, 256) if DEVICE == "cuda" else (1,)
+SWEEP_ROWS = (1, 2, 16, 32, 64, 128, 256, 512, 1024, 4096) if DEVICE == "cuda" else (1, 70)
+LAYER_ROWS = (1, 2, 4, 8, 16, 32, 64, 256) if DEVICE == "cuda" else (1,)
 PREFILL_ROWS = 4096 if DEVICE == "cuda" else 80
 PEAK_TIME = 2 / 788e12
 """Seconds of a multiplication and addition in bf16."""
@@ -92,17 +91,16 @@ def _said(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- sweep
-def compile_all(text: str, deadline: float) -> dict[str, str]:
+def compile_all(text: str, rows_tried: Sequence[int], deadline: float) -> dict[str, str]:
     """Compiles what the sweep of a format runs, several at once. Returns what failed."""
     jobs: dict[tuple[Any, ...], tuple[Config, int, QuantWeights]] = {}
     for n, k in {(256, k) for _, k in SHAPES.values()}:
         small = QuantWeights(text, n, k)
         for shape in LAYER:
             small.n = SHAPES[shape][0]  # which configurations are tried depends on it
-            for rows in SWEEP_ROWS:
+            for rows in rows_tried:
                 for config in configs(small, rows):
-                    key = smallest(config, rows) if isinstance(config, WeightTileConfig) else config
-                    jobs.setdefault((key, k % 256), (config, rows, small))
+                    jobs.setdefault(kernel_of(config, rows, k), (config, rows, small))
     failed: dict[str, str] = {}
 
     def build(config: Config, rows: int, weights: QuantWeights) -> None:
@@ -123,14 +121,14 @@ def compile_all(text: str, deadline: float) -> dict[str, str]:
     return failed
 
 
-def sweep(text: str, deadline: float) -> dict[str, Any]:
+def sweep(text: str, rows_tried: Sequence[int], deadline: float) -> dict[str, Any]:
     """{shape: {rows: {"ms": {variant: ms}, "errors", "literals"}}, "failed"} of a format, variants best first."""
-    failed = compile_all(text, deadline)
+    failed = compile_all(text, rows_tried, deadline)
     results: dict[str, Any] = {"failed": failed}
     for shape in LAYER:
         weights = QuantWeights(text, *SHAPES[shape])
         results[shape] = {}
-        for rows in SWEEP_ROWS:
+        for rows in rows_tried:
             if time.perf_counter() > deadline:
                 print(f"{text}: no time left for {shape} from {rows} rows", flush=True)
                 return results
@@ -141,10 +139,10 @@ def sweep(text: str, deadline: float) -> dict[str, Any]:
     return results
 
 
-def _sweep_share(text: str, end: float, formats_left: int) -> dict[str, Any]:
+def _sweep_share(text: str, rows_tried: Sequence[int], end: float, formats_left: int) -> dict[str, Any]:
     """A sweep that ends at the format's share of the time until `end`, which is larger for the first formats."""
     now = time.perf_counter()
-    return sweep(text, now + (end - now) * 2 / (formats_left + 1))
+    return sweep(text, rows_tried, now + (end - now) * 2 / (formats_left + 1))
 
 
 def measure(text: str, shape: str, weights: QuantWeights, rows: int, failed: dict[str, str]) -> dict[str, Any]:
@@ -189,7 +187,7 @@ def measure(text: str, shape: str, weights: QuantWeights, rows: int, failed: dic
 def print_table(text: str, results: dict[str, Any]) -> None:
     """The best of each line as Python; products of one line share the configuration with the least sum of times."""
     print(f"# {text}")
-    for rows in SWEEP_ROWS:
+    for rows in sorted({rows for shape in LAYER for rows in results.get(shape, {})}):
         for columns in dict.fromkeys(COLUMNS.values()):
             shapes = [s for s in LAYER if COLUMNS[s] == columns and rows in results.get(s, {})]
             found = [results[s][rows] for s in shapes]
@@ -271,6 +269,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0, help="of the whole script; the sweep is cut to fit")
     parser.add_argument("--sections", default="numerics,layers,prefill,sweep")
     parser.add_argument("--formats", default=",".join(SWEPT), help="of the sweep")
+    parser.add_argument("--rows", default=",".join(map(str, SWEEP_ROWS)), help="of the sweep")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     import triton
@@ -281,6 +280,7 @@ def main() -> None:
         "command": sys.argv, "gpu": torch.cuda.get_device_name() if STREAM else "none", "torch": torch.__version__,
         "triton": triton.__version__, "cuda": torch.version.cuda, "seconds": {},
     }  # fmt: skip
+    swept_rows = [int(rows) for rows in args.rows.split(",")]
     formats, sections = args.formats.split(","), args.sections.split(",")
     work: list[tuple[str, Callable[[], Any]]] = []
     if "numerics" in sections:
@@ -292,7 +292,7 @@ def main() -> None:
     if "sweep" in sections:
         end = begun + args.seconds - 10
         for left, text in zip(range(len(formats), 0, -1), formats):
-            work.append((f"sweep {text}", partial(_sweep_share, text, end, left)))
+            work.append((f"sweep {text}", partial(_sweep_share, text, swept_rows, end, left)))
     with torch.inference_mode():
         for name, section in work:
             started = time.perf_counter()

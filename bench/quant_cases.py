@@ -13,6 +13,7 @@ from camshaft.export.kernels.quantized import tables
 from camshaft.export.kernels.quantized.activations import quantize_planes, round_rows
 from camshaft.export.kernels.quantized.block_fp8 import multiply_block_fp8
 from camshaft.export.kernels.quantized.dequantize import dequantize
+from camshaft.export.kernels.quantized.few_rows import MAX_ROWS, FewRowsConfig, multiply_few_rows
 from camshaft.export.kernels.quantized.packed_fp8 import PackedFp8Config, multiply_packed_fp8, step_of
 from camshaft.export.kernels.quantized.stored import Stored, stored
 from camshaft.export.kernels.quantized.weight_tile import WeightTileConfig, fits, multiply_weight_tile
@@ -44,7 +45,7 @@ class Small:
     config: TiledConfig | PackedFp8Config
 
 
-Config = WeightTileConfig | Small | None
+Config = FewRowsConfig | WeightTileConfig | Small | None
 """None: dequantized, then the library."""
 
 
@@ -85,6 +86,8 @@ def name_of(config: Config) -> str:
     """A short name of a configuration."""
     if config is None:
         return "library"
+    if isinstance(config, FewRowsConfig):
+        return f"few n{config.block_n} k{config.block_k} w{config.warps}"
     if isinstance(config, Small):
         inner = config.config
         size = f"{inner.block_m}x{inner.block_n}" + (f"x{inner.block_k}" if isinstance(inner, TiledConfig) else "")
@@ -99,8 +102,12 @@ def product_of(weights: QuantWeights, config: Config) -> Product:
     kind, given = weights.format.activations, weights.x_scale
 
     def tile(x: Tensor, weight: Stored) -> Tensor:
-        assert isinstance(config, WeightTileConfig)
         rounded = round_rows(x, kind, given, x.dtype)
+        if isinstance(config, FewRowsConfig):
+            return multiply_few_rows(
+                rounded.values, weight, None, x.dtype, config, x_scale=rounded.scale, x_group_scale=rounded.group_scale
+            )
+        assert isinstance(config, WeightTileConfig)
         return multiply_weight_tile(
             rounded.values, weight, None, x.dtype, config, x_scale=rounded.scale, x_group_scale=rounded.group_scale
         )
@@ -130,15 +137,28 @@ def product_of(weights: QuantWeights, config: Config) -> Product:
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
-# weight_left, block_n, block_k (twice that for 4 bits where values are scaled), warps, stages
+# few_rows, by values in a word: block_n, block_k, warps
+FEW_ROWS = {
+    8: (
+        (8, 4096, 4), (16, 4096, 4), (4, 4096, 4), (8, 2048, 2), (4, 2048, 2), (16, 2048, 2), (8, 2048, 4), (4, 2048, 4),
+        (2, 4096, 4), (8, 4096, 8), (16, 2048, 4), (4, 1024, 1),
+    ),
+    4: (
+        (4, 2048, 4), (8, 4096, 8), (8, 2048, 4), (4, 4096, 8), (4, 4096, 4), (8, 2048, 2), (4, 2048, 2), (16, 2048, 4),
+        (8, 4096, 4), (2, 4096, 4), (16, 1024, 2), (8, 1024, 2),
+    ),
+}  # fmt: skip
+# weight_tile: weight_left, block_n, block_k, warps, stages
+BESIDE = ((True, 64, 128, 4, 4), (False, 128, 128, 4, 4))
+"""With `few_rows`."""
 FEW = (
-    (False, 64, 128, 4, 6), (False, 64, 128, 4, 4), (False, 32, 128, 4, 6), (False, 32, 256, 4, 4), (False, 16, 256, 4, 5),
-    (False, 128, 128, 4, 4), (False, 128, 128, 8, 4), (True, 64, 128, 4, 6), (True, 64, 128, 4, 4), (True, 128, 128, 4, 5),
-    (True, 128, 128, 8, 5), (True, 64, 256, 4, 4), (False, 32, 128, 2, 6),
+    (False, 128, 128, 4, 4), (False, 64, 128, 4, 4), (True, 64, 128, 4, 4), (True, 64, 128, 4, 6), (True, 64, 256, 4, 4),
+    (True, 128, 128, 4, 5),
 )  # fmt: skip
+"""Up to 16 rows."""
 MORE = (
     (True, 64, 128, 4, 4), (True, 128, 128, 4, 4), (True, 128, 128, 8, 4), (True, 64, 64, 4, 5), (True, 128, 64, 4, 4),
-    (False, 64, 128, 4, 4), (True, 128, 64, 8, 4),
+    (True, 128, 64, 8, 4),
 )  # fmt: skip
 TILED_8 = (
     (64, 128, 128, 4, 4, False), (128, 128, 128, 8, 4, False), (128, 256, 128, 8, 3, True), (128, 128, 128, 8, 4, True),
@@ -152,6 +172,10 @@ def configs(weights: QuantWeights, rows: int) -> Iterator[Config]:
     """What is tried for T rows: only what can be fast there."""
     format = weights.format
     weight = weights.copies[0]
+    if rows <= MAX_ROWS:
+        for block_n, block_k, warps in FEW_ROWS[weight.values_per_word]:
+            if block_k <= weight.columns or DEVICE == "cpu":
+                yield FewRowsConfig(block_n=block_n, block_k=block_k, warps=warps)
     if rows <= 512 and (format.activations == "none" or rows <= tables.FEW_ROWS):
         yield from _tiles(weights, weight, rows)
     if rows > 32:
@@ -162,7 +186,7 @@ def configs(weights: QuantWeights, rows: int) -> Iterator[Config]:
 
 def _tiles(weights: QuantWeights, weight: Stored, rows: int) -> Iterator[WeightTileConfig]:
     programs_most = 1100
-    for left, block_n, block_k, warps, stages in FEW if rows <= 16 else MORE:
+    for left, block_n, block_k, warps, stages in BESIDE if rows <= MAX_ROWS else FEW if rows <= 16 else MORE:
         for splits in (1, 2, 4, 8):
             programs = -(-weights.n // block_n) * splits
             if splits > 1 and (programs > programs_most or rows > 64) or DEVICE == "cpu" and splits > 2:
@@ -195,16 +219,21 @@ def _small(format: LinearFormat, weight: Stored) -> Iterator[TiledConfig | Packe
 
 def literal(config: Config) -> str:
     """A configuration as it stands in `tables`."""
-    if not isinstance(config, WeightTileConfig):
+    if config is None or isinstance(config, Small):
         return "None" if config is None else repr(config.config)
-    plain = WeightTileConfig(block_n=0, block_k=0)
+    kind = type(config)
+    plain = kind(block_n=0, block_k=0)
     given = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
-    return f"Tile({', '.join(f'{name}={value}' for name, value in given.items())})"
+    return f"{'Tile' if kind is WeightTileConfig else 'Few'}({', '.join(f'{name}={value}' for name, value in given.items())})"
 
 
-def smallest(config: WeightTileConfig, rows: int) -> WeightTileConfig:
-    """The configuration with the tile of x that T rows take: what its kernel is compiled for."""
-    return replace(config, block_m=min(max(16, 1 << (rows - 1).bit_length()), config.block_m))
+def kernel_of(config: Config, rows: int, k: int) -> tuple[object, ...]:
+    """What the kernel of a product of T rows is compiled for."""
+    if isinstance(config, FewRowsConfig):
+        return (config, min(rows, MAX_ROWS), k)
+    if isinstance(config, WeightTileConfig):
+        config = replace(config, block_m=min(max(16, 1 << (rows - 1).bit_length()), config.block_m))
+    return (config, k % 256)
 
 
 def tried(results: dict[str, Any]) -> str:
