@@ -67,8 +67,10 @@ def compile(
         quantize: a recipe for linear layers, by name ("fp8", "int8", "int4_awq", "nvfp4" ...) or as a `camshaft.Recipe`; None: as
             the weights are. See docs/quantization.md.
         group: another length of the recipe's groups along K.
-        calibration: for recipes that need data: texts, rows of token ids, or `CalibrationData`; None: for "demo" its own text.
-        kv_cache_dtype: what keys and values are stored as: "auto", the compute dtype, or "fp8", float8_e4m3fn.
+        calibration: for recipes that need data, and an int8 KV cache: texts, rows of token ids, or `CalibrationData`; None: for
+            "demo" its own text.
+        kv_cache_dtype: what keys and values are stored as: "auto", the compute dtype, "fp8", float8_e4m3fn, or "int8", with scales
+            that are found on `calibration`.
         batch_invariant: a token's logits do not depend, to the last bit, on what else is in its step; CUDA only, slower.
         hidden_layers: hidden states that every step gives besides logits (`Engine.step_outputs`): 0 the embeddings, i the output of
             the first i layers, -1 what the head reads, behind the final norm; None: none.
@@ -99,7 +101,7 @@ def compile(
         return compile_module(model, example_inputs, target=target, device=device, dynamic_shapes=dynamic_shapes)
     from .export.build import BuildRequest, build_engine, is_decoder
 
-    read = calibration_reader(model, quantize, calibration)
+    read = calibration_reader(model, quantize, calibration, kv_cache_dtype)
     if model == "demo":
         from .models import demo
 
@@ -133,16 +135,20 @@ def compile(
         return build_engine(model, request, report)
 
 
-def calibration_reader(model: Any, quantize: str | Recipe | None, calibration: Calibration) -> ReadCalibration | None:
+def calibration_reader(
+    model: Any, quantize: str | Recipe | None, calibration: Calibration, kv_cache_dtype: str = "auto"
+) -> ReadCalibration | None:
     """What makes token ids of calibration data with a model's tokenizer; None: there is no data.
 
-    The demo model's own text is taken where a recipe needs data and none is given. Raises ValueError for an unknown recipe.
+    The demo model's own text is taken where a recipe or the KV cache needs data and none is given. Raises ValueError for an unknown
+    recipe.
     """
-    from .export.quantization import resolve_recipe
+    from .export.quantization import is_calibrated, resolve_recipe
 
     if calibration is None:
         recipe = resolve_recipe(quantize)
-        if model != "demo" or recipe is None or not recipe.calibrated:
+        asked = recipe.kv_cache if recipe is not None and kv_cache_dtype == "auto" else kv_cache_dtype
+        if model != "demo" or not is_calibrated(recipe, asked):
             return None
         from .models import demo
 
@@ -172,8 +178,15 @@ def _token_rows(given: Any, source: ModelSource) -> CalibrationData:
             if source.tokenizer_dir is None:
                 raise ValueError(f"calibration has texts and {source.name} no tokenizer; give rows of token ids")
             tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
-        rows += [tokenizer.encode(part) for part in item.split("\f") if part.strip()]
+        rows += _documents(tokenizer, item)
     return CalibrationData.of(rows)
+
+
+def _documents(tokenizer: Any, text: str) -> list[list[int]]:
+    """A text's documents as one row, an end token behind each, as models see them in training; a row each where there is none."""
+    end = tokenizer.eos_token_id
+    rows = [tokenizer.encode(part) for part in text.split("\f") if part.strip()]
+    return rows if end is None else [[token for row in rows for token in (*row, end)]]
 
 
 def trace(model: Any, *, dtype: str | torch.dtype | None = None) -> Program:

@@ -119,7 +119,7 @@ def build_engine(model: Any, request: BuildRequest, progress: Progress | None = 
     source = open_model(model, dtype)
     _check_stored(source, request)
     config = _config(request, source, device, dtype)
-    data = read_calibration(recipe_of(config.quantize), request.calibration, source)
+    data = read_calibration(recipe_of(config.quantize), request.calibration, source, config.kv_cache_dtype)
     config = replace(config, calibration=None if data is None else data.digest())
     key = cache.build_key(_identity(source, config, request))
     if request.use_cache and not request.verify and request.dump_dir is None:

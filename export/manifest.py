@@ -15,7 +15,7 @@ from ..graph.program import CacheSpec, LayerCache, PassRecord
 
 FORMAT_VERSION = 1
 """Version of the artifact's layout. A reader refuses a higher one."""
-CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn}
+CACHE_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 """What `kv_cache_dtype` may be, and the dtype of keys and values; None: the one they are computed in."""
 
 
@@ -44,9 +44,9 @@ class BuildConfig:
     quantize: str | dict[str, Any] | None = None
     """Recipe of linear layers: None as they are; a name ("fp8", "int4_awq") or the fields of one that has none."""
     calibration: str | None = None
-    """Hex digits of the data that the recipe was calibrated on; None: it needs none."""
+    """Hex digits of the data that recipe and KV cache were calibrated on; None: they need none."""
     kv_cache_dtype: str = "auto"
-    """What keys and values are stored as: "auto" the compute dtype, "fp8" float8_e4m3fn."""
+    """What keys and values are stored as: "auto" the compute dtype, "fp8" float8_e4m3fn, "int8" with calibrated scales."""
     batch_invariant: bool = False
     """Whether a token's result must not depend, to the last bit, on what else is in its step; CUDA only."""
     hidden_layers: tuple[int, ...] = ()

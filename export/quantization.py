@@ -15,6 +15,7 @@ from ..passes.quantization.plan import FP8_ROWS
 from ..passes.quantization.recipe import RECIPES, Recipe
 from ..passes.quantization.support import KernelSupport
 from ..passes.quantize_linear import needs_calibration
+from ..passes.scale_kv_cache import needs_calibration as cache_needs_calibration
 from .timer import Progress
 
 RecipeData = str | dict[str, Any] | None
@@ -68,11 +69,18 @@ def uses_fp8(recipe: Recipe | None) -> bool:
     return any(f.weights in _FP8_WEIGHTS or f.activations in _FP8_ACTIVATIONS for f in formats)
 
 
+def is_calibrated(recipe: Recipe | None, kv_cache_dtype: str) -> bool:
+    """Whether a build needs calibration data, for its linear layers or for the scales of an int8 KV cache."""
+    return kv_cache_dtype == "int8" or recipe is not None and recipe.calibrated
+
+
 def read_calibration(
-    recipe: Recipe | None, read: ReadCalibration | None, source: ModelSource
+    recipe: Recipe | None, read: ReadCalibration | None, source: ModelSource, kv_cache_dtype: str = "auto"
 ) -> CalibrationData | None:
-    """The data of a recipe that is calibrated. Raises ValueError where it is missing, or given for nothing."""
-    if recipe is None or not recipe.calibrated:
+    """The data of a build that is calibrated. Raises ValueError where it is missing, or given for nothing."""
+    if not is_calibrated(recipe, kv_cache_dtype):
+        if read is not None and kv_cache_dtype == "fp8":  # keys are stored without their mean
+            return read(source)
         if read is not None:
             name = "None" if recipe is None else recipe_text(recipe_data(recipe))
             raise ValueError(
@@ -80,7 +88,9 @@ def read_calibration(
             )
         return None
     if read is None:
-        raise ValueError(needs_calibration(recipe))
+        raise ValueError(
+            needs_calibration(recipe) if recipe is not None and recipe.calibrated else cache_needs_calibration()
+        )
     return read(source)
 
 

@@ -118,7 +118,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`; what float8_e4m3fn cannot hold becomes its largest value, not NaN."""
+    """x in `dtype`; what float8_e4m3fn cannot hold becomes its largest value, not NaN. int8: rounded to -127 to 127."""
+    if dtype == torch.int8:
+        return x.float().round().clamp(-127, 127).to(dtype)
     return (x.clamp(-FP8_MAX, FP8_MAX) if dtype == torch.float8_e4m3fn else x).to(dtype)
 
 

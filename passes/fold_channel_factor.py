@@ -85,7 +85,8 @@ def _fold(program: Program, x: Any, factor: fx.Node) -> bool:
         attention = attention.args[0]
         if not is_sole(attention):
             return False
-    return rows is not None and scale_source(program, attention.args[2], rows)
+    v: Any = attention.args[2]
+    return rows is not None and is_sole(v) and scale_source(program, v, rows)
 
 
 def _fold_norm(program: Program, norm: fx.Node, factor: fx.Node) -> bool:

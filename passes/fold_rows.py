@@ -26,17 +26,21 @@ _SCALES = {QUANTIZED_LINEAR: 2, SCALED_LINEAR: 3}
 _BIASES = {QUANTIZED_LINEAR: 5, SCALED_LINEAR: 4, aten.linear.default: 2}
 
 
-def scale_source(program: Program, x: Any, factor: Tensor) -> bool:
-    """Multiplies the flat channels [N] of x by `factor`, in the rows of the linear layer that x comes from.
+def scale_source(program: Program, x: fx.Node, factor: Tensor) -> bool:
+    """Multiplies x, whose flat channels are [N], by `factor` [N] in the rows of the linear layer that x comes from.
 
-    Between them are views, transpositions of axes that are no channels, and a split, each read once. False: nothing was done.
+    Between them may be views, transpositions of axes that are no channels, and a split, each read once; all that reads x gets it
+    scaled. False: x is made otherwise, and nothing was done.
     """
-    while is_call(x, *VIEWS, aten.transpose.int) and is_sole(x):
-        x = x.args[0]
-    if not is_call(x, operator.getitem):
-        return is_sole(x) and scale_rows(program, x, factor, 0, factor.shape[0])
-    split, index = x.args
-    if not (is_call(split, aten.split_with_sizes.default) and is_sole(x) and is_sole(split.args[0])):
+    source: Any = x
+    while is_call(source, *VIEWS, aten.transpose.int):
+        source = source.args[0]
+        if not is_sole(source):
+            return False
+    if not is_call(source, operator.getitem):
+        return scale_rows(program, source, factor, 0, factor.shape[0])
+    split, index = source.args
+    if not (is_call(split, aten.split_with_sizes.default) and is_sole(split.args[0])):
         return False
     begin = sum(split.args[1][:index])
     return split.args[1][index] == factor.shape[0] and scale_rows(

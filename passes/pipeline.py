@@ -7,6 +7,7 @@ import torch
 from .base import GraphPass
 from .bind_stored_weights import BindStoredWeights
 from .capture_hidden import CaptureHidden
+from .center_keys import CenterKeys
 from .fold_channel_factor import FoldChannelFactor
 from .fuse_add_norm import FuseAddNorm
 from .fuse_glu import FuseGlu
@@ -20,11 +21,12 @@ from .match_rms_norm import MatchRmsNorm
 from .match_rope import MatchRope
 from .normalize import Normalize
 from .page_attention import PageAttention
-from .quantization.algorithm import LayerQuantizer
+from .quantization.algorithm import LayerQuantizer, Observer
 from .quantization.recipe import Recipe
 from .quantization.support import KernelSupport
 from .quantize_linear import QuantizeLinear
 from .resolve_masks import ResolveMasks
+from .scale_kv_cache import ScaleKVCache
 from .select_rows import SelectRows
 
 from .split_early_exit import ExitWeights, MarkExit, SplitEarlyExit
@@ -60,6 +62,13 @@ def stored_passes(kernels: KernelSupport | None = None) -> list[GraphPass]:
     return [BindStoredWeights(kernels), FuseNormQuantize(), FuseGluQuantize()]
 
 
+def cache_passes(cache_dtype: torch.dtype | None, observer: Observer | None) -> list[GraphPass]:
+    """What prepares keys and values for a cache of few bits; fp8 alone does without calibration data. Legal before paging."""
+    if cache_dtype == torch.int8:
+        return [ScaleKVCache(observer)]
+    return [CenterKeys(observer)] if cache_dtype == torch.float8_e4m3fn and observer is not None else []
+
+
 def decoder_passes(
     *,
     block_size: int,
@@ -75,7 +84,8 @@ def decoder_passes(
     """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out.
 
     quantize: recipe of linear layers, None: as the checkpoint has them; quantizer, kernels: see `quantize_passes`. cache_dtype: of
-    keys and values, None: the one they are computed in. fuse_rope: attention turns queries and keys itself (CUDA's kernels can).
+    keys and values, None: the one they are computed in; int8 needs `quantizer`. fuse_rope: attention turns queries and keys itself
+    (CUDA's kernels can).
     hidden_layers: whose hidden states are further outputs (`capture_hidden`).
     """
     return [
@@ -84,6 +94,7 @@ def decoder_passes(
         *fuse_passes(),
         *(stored_passes(kernels) if quantize is None else quantize_passes(quantize, quantizer, kernels)),
         *([MarkExit(early_exit)] if early_exit is not None else []),
+        *cache_passes(cache_dtype, quantizer),
         PageAttention(block_size=block_size, cache_dtype=cache_dtype),
         SelectRows(),
         *([BindStoredWeights(kernels, head=True)] if quantize is None else []),

@@ -47,6 +47,20 @@ class GroupMetadata:
 
 
 @dataclass(slots=True)
+class EarlyRows:
+    """Which rows of a batch of T have passed the layers in front of an early exit, and which have not."""
+
+    hidden: torch.Tensor
+    """[K, H] hidden states behind these layers, as `Engine.draft` gave them."""
+    rows: torch.Tensor
+    """[K] int64: rows of T that they belong to."""
+    rest: Batch | None
+    """The T - K other rows as a batch of their own, whose `sample_rows` name one row a sequence; None where there are none."""
+    rest_rows: torch.Tensor
+    """[T - K] int64: rows of T that these are."""
+
+
+@dataclass(slots=True)
 class Batch:
     """Input of one engine step, on the engine's device.
 
@@ -72,6 +86,8 @@ class Batch:
     """[T] int64, None where no sequence verifies a token tree. 0: the row attends its context and, as usual, the rows before it.
     Otherwise bit j says whether it attends row j of its own sequence (itself included); the context in front of the sequence's
     rows is always attended. Keys of a tree are at the slots of their rows, and `positions` are those of their depths."""
+    early: EarlyRows | None = None
+    """Rows that the layers in front of an early exit have computed, for an engine with one; None: the whole model computes all."""
     hidden: torch.Tensor | None = None
     """[T, H] hidden states beside the tokens, in the compute dtype, for an engine that takes them (EAGLE's draft); else None."""
 

@@ -165,7 +165,8 @@ def verify_engine(engine: Engine, model: str, calibration: str | None = None) ->
     program = trace_decoder(source)
     if config.quantize is not None or config.kv_cache_dtype != "auto":
         recipe = recipe_of(config.quantize)
-        data = read_calibration(recipe, calibration_reader(model, recipe, calibration), source)
+        read = calibration_reader(model, recipe, calibration, config.kv_cache_dtype)
+        data = read_calibration(recipe, read, source, config.kv_cache_dtype)
         quantizer = quantizer_of(data, torch.device(config.device))
         program = PassManager(passes_of(config, quantizer)).run(program)
     return check_engine(engine, program)

@@ -106,7 +106,7 @@ KvDtypeOption = Annotated[
         "--kv-cache-dtype",
         metavar="DTYPE",
         rich_help_panel=_BUILD,
-        help='What keys and values are stored as: "auto" (as computed) or "fp8".',
+        help='What keys and values are stored as: "auto" (as computed), "fp8" or "int8" (calibrated).',
         show_default=False,
     ),
 ]

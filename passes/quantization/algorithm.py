@@ -6,7 +6,7 @@ the pass does it itself. Whatever needs the layers' inputs is asked of a `LayerQ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,12 +44,20 @@ class QuantizedLayer:
     """float32 [], or None: static scale of the input, where the format has one."""
 
 
-class LayerQuantizer(Protocol):
-    """Quantizes layers by what their inputs are; `quantization.calibrator.Calibrator` does it on calibration data."""
+class Observer(Protocol):
+    """Sees values of a program on calibration data."""
 
     def digest(self) -> str:
         """Hex digits that change with the data; part of a build's key."""
         ...
+
+    def values_of(self, program: Program, nodes: Collection[fx.Node]) -> Iterator[tuple[fx.Node, Iterator[Tensor]]]:
+        """Each of the nodes of a program that is not paged, in graph order, with its values on the tokens, piece by piece."""
+        ...
+
+
+class LayerQuantizer(Observer, Protocol):
+    """Quantizes layers by what their inputs are; `quantization.calibrator.Calibrator` does it on calibration data."""
 
     def assign(
         self, program: Program, plan: Mapping[fx.Node, LayerPlan], recipe: Recipe

@@ -227,6 +227,18 @@ class CalibrationRun:
             self._progress(len(groups), len(groups), "")
         self._loaded.clear()
 
+    @torch.no_grad()
+    def values_of(self, nodes: Collection[fx.Node]) -> Iterator[tuple[fx.Node, Iterator[Tensor]]]:
+        """Stops behind each of `nodes`, in graph order, with its value, chunk by chunk; what follows the last one is not run."""
+        order = list(self.program.graph.nodes)
+        begin = 0
+        for done, (end, node) in enumerate([(i, node) for i, node in enumerate(order) if node in nodes]):
+            if self._progress is not None:
+                self._progress(done, len(nodes), node.name)
+            self._run_segment(order[begin : end + 1])
+            begin = end + 1
+            yield node, (chunk.values[node] for chunk in self.chunks)
+
     def outputs(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
         """(the program's first output [1, T, V], lengths of its sequences) of each chunk, after a run to the end."""
         node = next(node for node in self.program.graph.nodes if node.op == "output")

@@ -13,7 +13,7 @@ Statistics that were saved can stand in for the data: then nothing is run, and l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,10 @@ class Calibrator:
             statistics = InputStatistics.of(group.chunks(), moment=moments).to(torch.device("cpu"))
             found |= {run.weight_key(layer): statistics for layer in group.layers}
         return found
+
+    def values_of(self, program: Program, nodes: Collection[fx.Node]) -> Iterator[tuple[fx.Node, Iterator[Tensor]]]:
+        """Each of the nodes of a program that is not paged, in graph order, with its values on the tokens, piece by piece."""
+        return self.run(program).values_of(nodes)
 
     def run(self, program: Program) -> CalibrationRun:
         """A new run over the data."""

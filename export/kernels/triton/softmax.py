@@ -12,11 +12,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def saturate(x, cache):
-    # x as an element of the cache: float8_e4m3fn ends at 448 and has no infinity; NaN stays NaN
+    # x as an element of the cache: float8_e4m3fn ends at 448 and has no infinity; NaN stays NaN. int8: the nearest integer, even
+    # in the middle, from -127 to 127: adding 1.5 * 2^23 leaves no bits behind the point
     element = cache.dtype.element_ty
     if element == tl.float8e4nv:
         x = tl.maximum(x.to(tl.float32), -448.0, propagate_nan=tl.PropagateNan.ALL)
         x = tl.minimum(x, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    elif element == tl.int8:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -127.0), 127.0)
+        x = (x + 12582912.0) - 12582912.0
     return x.to(element)
 
 
