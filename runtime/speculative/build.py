@@ -10,12 +10,14 @@ from ..batch import Engine
 from ..tokenizer import Tokenizer
 from .config import SpeculativeConfig
 from .draft_model import DraftModelProposer, full_group
+from .draft_tree import TreeDraftProposer
 from .ngram import NgramProposer
 from .proposer import Proposer, ProposerContext
 
 _PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {"ngram": NgramProposer, "draft": DraftModelProposer}
 """Proposers that come with the package, by method."""
-_CHAINS = ("ngram", "draft")
+_TREE_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {"draft": TreeDraftProposer}
+"""As above, of those that draft trees."""
 _SAME_LIMITS = ("max_seq_len", "max_sequences", "max_batch_tokens", "block_size")
 """Build options that a draft model which is compiled for an LLM takes from the target."""
 
@@ -25,13 +27,13 @@ def make_proposer(config: SpeculativeConfig, engine: Engine, draft_engine: Engin
     context = ProposerContext(config=config, engine=engine, draft_engine=draft_engine)
     if config.proposer is not None:
         return config.proposer(context)
-    if config.tree is not None and config.method in _CHAINS:
+    if config.tree is not None and config.method in _PROPOSERS.keys() - _TREE_PROPOSERS.keys():
         raise ValueError(f"method {config.method!r} drafts chains and tree is {config.tree!r}; leave out the tree")
     if config.method not in _PROPOSERS:
         raise ValueError(
             f"method {config.method!r} has no proposer for this engine; allowed: {', '.join(sorted(_PROPOSERS))}, custom"
         )
-    return _PROPOSERS[config.method](context)
+    return (_PROPOSERS if config.tree is None else _TREE_PROPOSERS)[config.method](context)
 
 
 def check_config(config: SpeculativeConfig, engine: Engine) -> None:
@@ -74,7 +76,21 @@ def open_draft_engine(config: SpeculativeConfig, engine: Engine) -> Engine | Non
             options |= {"target": build.target, "device": build.device, "dtype": build.dtype}
         draft = cast(Engine, camshaft.compile(model, **options))
     check_draft_engine(draft, engine)
+    if config.tree is not None:
+        _check_trees(len(config.tree), draft, engine)
     return draft
+
+
+def _check_trees(num_nodes: int, draft: Engine, engine: Engine) -> None:
+    """Raises ValueError where a draft model and its target cannot compute trees of so many nodes."""
+    for name, one in (("draft model", draft), ("target", engine)):
+        if not getattr(one, "takes_tree_masks", False):
+            raise ValueError(f"tree is given and the {name}'s attention takes no tree masks; leave out the tree")
+        if one.max_batch_tokens <= num_nodes:
+            raise ValueError(
+                f"tree has {num_nodes} nodes and the {name}'s steps at most {one.max_batch_tokens} tokens; allowed: at most "
+                f"{one.max_batch_tokens - 1} nodes"
+            )
 
 
 def check_draft_engine(draft: Engine, engine: Engine) -> None:

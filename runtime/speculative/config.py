@@ -19,6 +19,8 @@ METHODS: tuple[str, ...] = get_args(Method)
 ACCEPTANCES: tuple[str, ...] = get_args(Acceptance)
 MAX_DRAFT_TOKENS = 32
 """Largest num_draft_tokens."""
+MAX_TREE_NODES = 48
+"""Most drafts of a tree: a row's mask has 64 bits, and tokens to catch up on may come first."""
 _NEEDS_MODEL = ("draft", "heads", "eagle")
 
 
@@ -95,7 +97,8 @@ class SpeculativeConfig:
 def check_tree(tree: object, depth: int) -> tuple[tuple[int, ...], ...]:
     """The paths of a token tree, sorted by depth, so that every path comes behind its parent.
 
-    Raises ValueError where a path is empty, repeated, deeper than `depth`, or lacks its parent or an elder sibling.
+    Raises ValueError where there are too many paths, or one is empty, repeated, deeper than `depth`, or lacks its parent or an
+    elder sibling.
     """
     try:
         paths = [tuple(path) for path in tree]  # type: ignore[attr-defined]
@@ -104,6 +107,8 @@ def check_tree(tree: object, depth: int) -> tuple[tuple[int, ...], ...]:
     known = set(paths)
     if not paths or len(known) != len(paths):
         raise ValueError(f"tree is {tree!r}; allowed: at least one path, each once")
+    if len(paths) > MAX_TREE_NODES:
+        raise ValueError(f"tree has {len(paths)} paths; allowed: at most {MAX_TREE_NODES}")
     for path in paths:
         bad = not path or any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in path)
         if bad or len(path) > depth:

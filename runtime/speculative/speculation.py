@@ -19,7 +19,7 @@ from ..request import Request
 from ..runner import Runner, StepResult
 from ..scheduler import Scheduler
 from .adaptive import AdaptiveLengths
-from .config import SpeculativeConfig
+from .config import MAX_TREE_NODES, SpeculativeConfig
 from .hidden_rows import StepHidden, kept_rows
 from .metrics import SpeculativeMetrics
 from .moves import SlotMoves

@@ -122,6 +122,48 @@ def test_greedy_and_exact_tokens_are_those_of_plain_decoding(asynchronous):
     assert stats.speculative.mean_accepted_length > 1.7
 
 
+class SecondChoice(TreeEngine):
+    """Now and then its likeliest token is the target's second."""
+
+    def step(self, batch):
+        logits = super().step(batch)
+        best = logits.topk(2).indices
+        swapped = logits.scatter(1, best, logits.gather(1, best).flip(1))
+        return torch.where((best[:, :1] % 3 == 0), swapped, logits)
+
+
+@pytest.mark.parametrize("engine_class", [TreeEngine, SecondChoice])
+@pytest.mark.parametrize("on_demand", [False, True], ids=["all blocks", "few blocks"])
+def test_trees_of_a_draft_model(engine_class, on_demand):
+    """Each level is one step of the draft model, whose accepted keys and values move, too."""
+    rng = random.Random(1)
+    prompts = [[rng.randrange(11) for _ in range(rng.randrange(1, 25))] for _ in range(20)]
+    warm = 0.7 if engine_class is SecondChoice else 0.0
+    params = [
+        SamplingParams(temperature=0.0 if i % 3 else warm, seed=i, max_tokens=rng.randrange(1, 40)) for i in range(20)
+    ]
+    kwargs = dict(kv_cache_bytes=64 * 30 if on_demand else 1 << 16, policy="max_utilization", max_chunk_tokens=7)
+    with LLM(TreeEngine(vocab_size=11), **kwargs) as llm:
+        plain = llm.generate(prompts, params, progress=False)
+    draft = engine_class(vocab_size=11)
+    config = SpeculativeConfig(method="draft", model=draft, tree=TREE, adaptive=False)
+    kwargs["kv_cache_bytes"] *= 2
+    with LLM(TreeEngine(vocab_size=11), speculative=config, **kwargs) as llm:
+        found = llm.generate(prompts, params, progress=False)
+        stats = llm.stats()
+    assert [output.token_ids for output in found] == [output.token_ids for output in plain]
+    assert draft.num_trees > 20 and draft.num_moves > 10 and (stats.scheduler.preemptions > 0) == on_demand
+    drafted, accepted = stats.speculative.drafted, stats.speculative.accepted
+    assert stats.speculative.mean_accepted_length > 2.5
+    assert accepted == drafted or engine_class is SecondChoice, "the target's own logits draft what it chooses"
+
+
+def test_a_draft_model_of_trees_takes_tree_masks():
+    config = SpeculativeConfig(method="draft", model=FakeEngine(), tree=TREE, adaptive=False)
+    with pytest.raises(ValueError, match="the draft model's attention takes no tree masks"):
+        LLM(TreeEngine(), speculative=config)
+
+
 def test_trees_need_an_engine_that_takes_them():
     with LLM(FakeEngine(), speculative=CONFIG) as llm, pytest.raises(GenerationError, match="takes no tree masks"):
         llm.generate([1, 2], SamplingParams(temperature=0))
