@@ -1,13 +1,15 @@
 """Quantizing a Llama-3.1-8B-shaped model on a GPU: seconds and peak memory of AWQ, GPTQ and SmoothQuant.
 
     python3 bench/gpu_quantize.py --out OUT [--shape llama-3.1-8b] [--tokens 65536] [--layers N] [--variants awq,gptq]
+        [--budget-s 900] [--skip-numerics] [--skip-streamed] [--skip-resident]
 
 numerics   a small model quantized on the GPU and on the CPU: scales, codes and outputs must agree but for rounding
 streamed   weights are drawn when calibration asks for them, as they are read from a checkpoint: memory is what quantizing needs
 resident   the bf16 model lies on the GPU meanwhile: the ratio to the model's bytes is the one that counts
 
-Writes OUT/gpu-quantize.json as sections end; a section that fails leaves its error, and the next go on. `--device cpu --shape
-small` tries the script without a GPU. Goal: at most 300 s, and 1.5 times the bf16 model's memory.
+Writes OUT/gpu-quantize.json as sections end; a section that fails leaves its error, and the next go on. A section starts within
+--budget-s; at the end of it a section stops, and says how far it came and what all layers would take. `--device cpu --shape small`
+tries the script without a GPU. Goal: at most 300 s, and 1.5 times the bf16 model's memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +64,21 @@ def random_data(program: Program, num_tokens: int, context: int = 512) -> Calibr
     return CalibrationData.of(rows, context=context, max_tokens=num_tokens)
 
 
-def quantize(program: Program, recipe: Recipe, data: CalibrationData, device: torch.device) -> dict[str, Any]:
-    """The layers by the names of their weights."""
+class OutOfTimeError(Exception):
+    """The budget ended within a quantization: (groups of layers done, of how many)."""
+
+
+def quantize(
+    program: Program, recipe: Recipe, data: CalibrationData, device: torch.device, deadline: float = float("inf")
+) -> dict[str, Any]:
+    """The layers by the names of their weights. Raises OutOfTimeError past the deadline (of time.perf_counter)."""
     plan = plan_layers(program, recipe).layers
-    found = Calibrator(data, device).quantize(program, plan)
+
+    def progress(done: int, total: int, name: str) -> None:
+        if time.perf_counter() > deadline and done < total:
+            raise OutOfTimeError(done, total)
+
+    found = Calibrator(data, device, progress=progress).quantize(program, plan)
     return {plan[node].weight: layer for node, layer in found.items()}
 
 
@@ -86,26 +100,41 @@ def numerics(out: dict[str, Any], device: torch.device) -> None:
         assert errors[0] < 0.05, f"{name}: the first layer differs by {errors[0]:.4f} between {device} and the CPU"
 
 
-def measure(
-    out: dict[str, Any], program: Program, recipe: Recipe, data: CalibrationData, device: torch.device, model_bytes: int
-) -> None:
-    """Seconds and peak memory of one quantization."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        out["allocated_before_bytes"] = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    layers = quantize(program, recipe, data, device)
-    if on_gpu:
-        torch.cuda.synchronize()
-    out["seconds"] = round(time.perf_counter() - start, 2)
-    out |= {"recipe": recipe.to_json(), "tokens": data.num_tokens, "layers": len(layers), "model_bytes": model_bytes}
-    if on_gpu:
-        out["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
-        out["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
-        out["peak_over_model"] = round(out["peak_allocated_bytes"] / model_bytes, 3)
+@dataclass(frozen=True)
+class Measured:
+    """What every section quantizes, and until when."""
+
+    data: CalibrationData
+    device: torch.device
+    model_bytes: int
+    deadline: float
+
+    def run(self, out: dict[str, Any], program: Program, recipe: Recipe) -> None:
+        """Seconds and peak memory of one quantization."""
+        on_gpu = self.device.type == "cuda"
+        if time.perf_counter() > self.deadline:
+            out["left_out"] = "no time left"
+            return
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            out["allocated_before_bytes"] = torch.cuda.memory_allocated()
+        out |= {"recipe": recipe.to_json(), "tokens": self.data.num_tokens, "model_bytes": self.model_bytes}
+        start = time.perf_counter()
+        try:
+            out["layers"] = len(quantize(program, recipe, self.data, self.device, self.deadline))
+        except OutOfTimeError as error:
+            out["groups_done"], out["groups"] = error.args
+        if on_gpu:
+            torch.cuda.synchronize()
+        out["seconds"] = round(time.perf_counter() - start, 2)
+        if "groups" in out:
+            out["seconds_of_all"] = round(out["seconds"] * out["groups"] / max(out["groups_done"], 1), 1)
+        if on_gpu:
+            out["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+            out["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+            out["peak_over_model"] = round(out["peak_allocated_bytes"] / self.model_bytes, 3)
 
 
 def resident(program: Program, device: torch.device) -> Program:
@@ -124,31 +153,36 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--variants", default="awq,gptq", help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--skip-numerics", action="store_true")
+    parser.add_argument("--skip-streamed", action="store_true")
     parser.add_argument("--skip-resident", action="store_true")
+    parser.add_argument("--budget-s", type=float, default=900.0, help="seconds of the whole script")
     args = parser.parse_args()
     unknown = set(args.variants.split(",")) - set(VARIANTS)
     if unknown:
         parser.error(f"unknown variants {', '.join(sorted(unknown))}; known: {', '.join(VARIANTS)}")
+    deadline = time.perf_counter() + args.budget_s
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     results = Results(args.out / "gpu-quantize.json")
-    results.section("numerics", lambda out: numerics(out, device))
+    if not args.skip_numerics:
+        results.section("numerics", lambda out: numerics(out, device))
     program = fused_program(args.shape, torch.bfloat16, args.device, args.layers)
-    data = random_data(program, args.tokens)
     model_bytes = sum(weight.num_bytes for weight in program.weights.values())
-    for name in args.variants.split(","):
-        recipe = Recipe.named(VARIANTS[name])
-        results.section(f"{name} streamed", lambda out, r=recipe: measure(out, program, r, data, device, model_bytes))
+    measured = Measured(random_data(program, args.tokens), device, model_bytes, deadline)
+    recipes = {name: Recipe.named(VARIANTS[name]) for name in args.variants.split(",")}
+    for name, recipe in recipes.items() if not args.skip_streamed else ():
+        results.section(f"{name} streamed", lambda out, recipe=recipe: measured.run(out, program, recipe))
     if not args.skip_resident:
         held = resident(program, device)
-        for name in args.variants.split(","):
-            recipe = Recipe.named(VARIANTS[name])
-            results.section(f"{name} resident", lambda out, r=recipe: measure(out, held, r, data, device, model_bytes))
+        for name, recipe in recipes.items():
+            results.section(f"{name} resident", lambda out, recipe=recipe: measured.run(out, held, recipe))
     print(f"{'section':24} {'seconds':>9} {'peak GB':>9} {'of model':>9}")
     for name, entry in results.data.items():
         if isinstance(entry, dict) and "seconds" in entry:
             peak, ratio = entry.get("peak_allocated_bytes", 0) / 1e9, entry.get("peak_over_model", 0.0)
-            print(f"{name:24} {entry['seconds']:9.1f} {peak:9.2f} {ratio:9.3f}")
+            whole = f"  {entry['groups_done']} of {entry['groups']} groups" if "groups" in entry else ""
+            print(f"{name:24} {entry['seconds']:9.1f} {peak:9.2f} {ratio:9.3f}{whole}")
     print(json.dumps({name: entry.get("error") for name, entry in results.data.items() if isinstance(entry, dict)}))
 
 

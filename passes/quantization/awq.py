@@ -25,6 +25,8 @@ from .grid import CANDIDATES
 from .smoothquant import centered
 from .statistics import InputStatistics
 
+_PART_ELEMENTS = 1 << 24
+"""Of a weight whose error is found at a time: what is in memory besides the weights and the moments."""
 STEPS = 20
 """Exponents that are tried in each family, as in the paper."""
 
@@ -103,15 +105,24 @@ def _relative_size(weight_NK: Tensor, format: LinearFormat) -> Tensor:
 
 
 def _error(weights: list[Tensor], scale_K: Tensor | None, moment: Tensor, format: LinearFormat) -> float:
-    total = 0.0
+    total = torch.zeros((), device=moment.device)
     for weight in weights:
-        scaled = weight if scale_K is None else weight * scale_K
-        restored = dequantize_weight(quantize_weight(scaled, format), format)
-        difference = (restored if scale_K is None else restored / scale_K) - weight
-        total += _energy(difference, moment)
-    return total
+        for part in weight.split(_rows_at_a_time(weight, format)):
+            scaled = part if scale_K is None else part * scale_K
+            restored = dequantize_weight(quantize_weight(scaled, format), format)
+            difference = (restored if scale_K is None else restored / scale_K) - part
+            total += ((difference @ moment) * difference).sum()
+    return float(total)
+
+
+def _rows_at_a_time(weight_NK: Tensor, format: LinearFormat) -> int:
+    """How many rows of a matrix are rounded at a time: all of them where others have a say in a row's scale."""
+    if format.block or format.group == -1 or format.weights == "nvfp4":
+        return weight_NK.shape[0]
+    return max(1, _PART_ELEMENTS // weight_NK.shape[1])
 
 
 def _energy(matrix_NK: Tensor, moment_KK: Tensor) -> float:
     """tr(D M D^T)."""
-    return float(((matrix_NK @ moment_KK) * matrix_NK).sum())
+    parts = matrix_NK.split(max(1, _PART_ELEMENTS // matrix_NK.shape[1]))
+    return float(torch.stack([((part @ moment_KK) * part).sum() for part in parts]).sum())
