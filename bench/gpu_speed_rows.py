@@ -43,13 +43,13 @@ class Row:
 
 # 816 requests of 2,176 tokens are what the KV cache holds at once; 1,024 of 2,000 fit because they do not all end together.
 ROWS = (
-    Row(name="fp8-128-128", input_len=128, output_len=128, requests=4096, profile=20),
+    Row(name="fp8-128-128", input_len=128, output_len=128, requests=12288, profile=20),
     Row(name="fp8-b1", input_len=128, output_len=256, requests=4, mode="latency", profile=20),
-    Row(name="fp8-1000-1000", input_len=1000, output_len=1000, requests=1024),
+    Row(name="fp8-1000-1000", input_len=1000, output_len=1000, requests=2048),
     Row(name="fp8-128-2048", input_len=128, output_len=2048, requests=816),
     Row(name="fp8-load", input_len=512, output_len=128, requests=256, mode="load", repeat=1, optional=True),
-    Row(name="fp8-2048-128", input_len=2048, output_len=128, requests=512, tokens=8192, profile=20),
-    Row(name="bf16-128-128", input_len=128, output_len=128, requests=4096, profile=20),
+    Row(name="fp8-2048-128", input_len=2048, output_len=128, requests=1536, tokens=8192, profile=20),
+    Row(name="bf16-128-128", input_len=128, output_len=128, requests=12288, profile=20),
     Row(name="bf16-b1", input_len=128, output_len=256, requests=4, mode="latency", profile=20),
 )
 _WARMUP_TOKENS = 1536 * 128

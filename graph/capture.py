@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from .functional import make_functional
 from .program import InputKind, InputSpec, Program
 from .weights import WeightMap
 
@@ -57,7 +58,7 @@ def capture(
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export's own, about its tree specs
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            exported = exported.run_decompositions({})
+            exported = make_functional(exported)
     except (
         torch._dynamo.exc.TorchDynamoException,
         RuntimeError,
