@@ -41,6 +41,7 @@ def compile(
     kv_cache_dtype: str = "auto",
     batch_invariant: bool = False,
     hidden_layers: Sequence[int] | None = None,
+    early_exit: int | str | Path | None = None,
     cache: bool = True,
     verify: bool = False,
     dump_dir: str | Path | None = None,
@@ -74,6 +75,8 @@ def compile(
         batch_invariant: a token's logits do not depend, to the last bit, on what else is in its step; CUDA only, slower.
         hidden_layers: hidden states that every step gives besides logits (`Engine.step_outputs`): 0 the embeddings, i the output of
             the first i layers, -1 what the head reads, behind the final norm; None: none.
+        early_exit: number of layers in front of an exit that drafts (speculative method "self"); or the directory of an exit that
+            was trained, which says how many; None: no exit. See docs/speculative.md.
         cache: reuse an equal build, and keep this one for the next ($CAMSHAFT_CACHE or ~/.cache/camshaft).
         verify: run the program after each pass on the CPU and record the error in the pass table.
         dump_dir: write the graph before and after each pass there ($CAMSHAFT_DUMP does the same).
@@ -87,16 +90,11 @@ def compile(
     if example_inputs is not None:
         from .export.module import compile_module
 
-        if (
-            quantize is not None
-            or calibration is not None
-            or kv_cache_dtype != "auto"
-            or batch_invariant
-            or hidden_layers
-        ):
+        for_decoders = (quantize, calibration, hidden_layers, early_exit)
+        if any(option is not None for option in for_decoders) or kv_cache_dtype != "auto" or batch_invariant:
             raise ValueError(
-                "quantize, calibration, kv_cache_dtype, batch_invariant and hidden_layers are options of decoders; leave them "
-                "out with example_inputs"
+                "quantize, calibration, kv_cache_dtype, batch_invariant, hidden_layers and early_exit are options of decoders; "
+                "leave them out with example_inputs"
             )
         return compile_module(model, example_inputs, target=target, device=device, dynamic_shapes=dynamic_shapes)
     from .export.build import BuildRequest, build_engine, is_decoder
@@ -127,6 +125,7 @@ def compile(
         kv_cache_dtype=kv_cache_dtype,
         batch_invariant=batch_invariant,
         hidden_layers=tuple(hidden_layers or ()),
+        early_exit=early_exit,
         use_cache=cache,
         verify=verify,
         dump_dir=Path(dump) if dump else None,

@@ -24,9 +24,11 @@ from ..passes.pipeline import decoder_passes
 from ..passes.quantization.algorithm import LayerQuantizer
 from ..passes.quantization.recipe import Recipe
 from ..passes.select_rows import head_of
+from ..passes.split_early_exit import ExitWeights
 from . import cache
 from .buckets import default_buckets
 from .choose import Lowering, lower_program
+from .early_exit import ExitOption, read_exit_option
 from .engine import Engine
 from .manifest import (
     CACHE_DTYPES,
@@ -80,6 +82,7 @@ class BuildRequest:
     kv_cache_dtype: str = "auto"
     batch_invariant: bool = False
     hidden_layers: tuple[int, ...] = ()
+    early_exit: ExitOption = None
 
 
 def resolve_device(name: str | torch.device | None, target: str = "auto") -> torch.device:
@@ -118,7 +121,11 @@ def build_engine(model: Any, request: BuildRequest, progress: Progress | None = 
     timer.begin("opening the model")
     source = open_model(model, dtype)
     _check_stored(source, request)
-    config = _config(request, source, device, dtype)
+    layer, exit_weights = read_exit_option(request.early_exit, dtype, source.name)
+    config = replace(
+        _config(request, source, device, dtype), early_exit=layer,
+        exit_head=None if exit_weights is None else exit_weights.digest,
+    )  # fmt: skip
     data = read_calibration(recipe_of(config.quantize), request.calibration, source, config.kv_cache_dtype)
     config = replace(config, calibration=None if data is None else data.digest())
     key = cache.build_key(_identity(source, config, request))
@@ -132,26 +139,32 @@ def build_engine(model: Any, request: BuildRequest, progress: Progress | None = 
     timer.begin("tracing")
     program = trace_decoder(source)
     timer.begin("passes")
-    program = _run_passes(program, config, request, quantizer_of(data, device, progress))
+    program = _run_passes(program, config, request, quantizer_of(data, device, progress), exit_weights)
     verify_packed(program)
     facts = _facts(source, program)
     return _lower(program, source, config, facts, key, request, timer)
 
 
 def _run_passes(
-    program: Program, config: BuildConfig, request: BuildRequest, quantizer: LayerQuantizer | None
+    program: Program,
+    config: BuildConfig,
+    request: BuildRequest,
+    quantizer: LayerQuantizer | None,
+    exit_weights: ExitWeights | None,
 ) -> Program:
     compare = None
     if request.verify:
         from ..graph.numerics import Comparison
 
         compare = Comparison(program)
-    manager = PassManager(passes_of(config, quantizer), dump_dir=request.dump_dir, compare=compare)
+    manager = PassManager(passes_of(config, quantizer, exit_weights), dump_dir=request.dump_dir, compare=compare)
     return manager.run(program)
 
 
-def passes_of(config: BuildConfig, quantizer: LayerQuantizer | None = None) -> list[GraphPass]:
-    """The passes of a build. quantizer: needed where its recipe is calibrated."""
+def passes_of(
+    config: BuildConfig, quantizer: LayerQuantizer | None = None, exit_weights: ExitWeights | None = None
+) -> list[GraphPass]:
+    """The passes of a build. quantizer: needed where its recipe is calibrated; exit_weights: where the early exit was trained."""
     return decoder_passes(
         block_size=config.block_size,
         quantize=recipe_of(config.quantize),
@@ -160,6 +173,8 @@ def passes_of(config: BuildConfig, quantizer: LayerQuantizer | None = None) -> l
         cache_dtype=CACHE_DTYPES[config.kv_cache_dtype],
         fuse_rope=config.device == "cuda",
         hidden_layers=config.hidden_layers,
+        early_exit=config.early_exit,
+        exit_weights=exit_weights,
     )
 
 
@@ -179,7 +194,7 @@ def _lower(
     try:
         lowering = lower_program(program, config, work / "engines", timer, use_cache=request.use_cache)
         timer.end()
-        plan = lowering.plan
+        plan, weights = lowering.plan, program.all_weights
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             camshaft_version=__version__,
@@ -195,9 +210,9 @@ def _lower(
             choices=lowering.choices,
         )
         if request.use_cache:
-            entry = cache.store(key, manifest, plan, program.weights, work / "engines")
-            return Engine(manifest, plan, program.weights, entry / "engines", source.tokenizer_dir)
-        engine = Engine(manifest, plan, program.weights, work / "engines", source.tokenizer_dir)
+            entry = cache.store(key, manifest, plan, weights, work / "engines")
+            return Engine(manifest, plan, weights, entry / "engines", source.tokenizer_dir)
+        engine = Engine(manifest, plan, weights, work / "engines", source.tokenizer_dir)
         engine.remove_with_engine(work)
         kept = True
         return engine

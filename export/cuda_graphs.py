@@ -40,7 +40,7 @@ from .buckets import (
 )
 from .executor import StepContext
 from .kernels.errors import and_kernel_errors, reason_of
-from .step_outputs import StepOutputs
+from .step_outputs import GraphPool, StepOutputs
 
 if TYPE_CHECKING:
     from .execution import StepSizes
@@ -77,13 +77,19 @@ class CaptureLimits(NamedTuple):
 class StepGraphs:
     """Captured steps.
 
-    launch: a step; sizes: to what its numbers of rows are padded.
+    launch: a step; sizes: to what its numbers of rows are padded. pool: memory that is shared with other graphs of this stream.
 
     The logits that `run` returns are overwritten by the next step.
     """
 
     def __init__(
-        self, launch: Launch, sizes: StepSizes, limits: CaptureLimits, device: torch.device, stream: torch.cuda.Stream
+        self,
+        launch: Launch,
+        sizes: StepSizes,
+        limits: CaptureLimits,
+        device: torch.device,
+        stream: torch.cuda.Stream,
+        pool: GraphPool | None = None,
     ) -> None:
         self._launch, self._sizes, self._limits = launch, sizes, limits
         self._device, self._stream = device, stream
@@ -112,7 +118,7 @@ class StepGraphs:
         """As the two above, of steps that verify drafts: more rows, made when the first is captured."""
         self._tree_mask: Tensor | None = None
         """[T] int64 of steps that verify trees; likewise."""
-        self._pool: Any = None
+        self._pool = pool or GraphPool()
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         self._uses: Counter[StepShape] = Counter()
         self.failures: dict[StepShape, str] = {}
@@ -246,9 +252,8 @@ class StepGraphs:
             self._hidden = states[0].new_zeros(self._tokens.shape[0], len(states), states[0].shape[-1])
         result = self._outputs(shape)[1]
         assert result is not None
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         # thread_local: what other threads ask of CUDA meanwhile is no part of the capture, and does not end it
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool.handle(), stream=self._stream, capture_error_mode="thread_local"):
             logits, states = self._launch(values, context)
             result[: values["sample_rows"].shape[0]].copy_(logits)
             for number, state in enumerate(states):

@@ -14,6 +14,7 @@ from .segment import AttentionStep, Plan, Segment, SegmentStep
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .manifest import BuildConfig
 
 
 def engine_html(engine: Engine) -> str:
@@ -47,6 +48,7 @@ def _facts(engine: Engine) -> list[Row]:
         ("weights", f"{engine.weights_bytes / 1e6:.1f} MB"),
         ("small steps", engine.native_step),
         *([("hidden states", hidden_text(build.hidden_layers))] if build.hidden_layers else []),
+        *([("early exit", exit_text(build))] if build.early_exit is not None else []),
         ("limits", f"{build.max_seq_len} tokens a sequence, {build.max_sequences} sequences and "
                    f"{build.max_batch_tokens} tokens a step"),
         ("hardware", hardware),
@@ -60,6 +62,12 @@ def hidden_text(layers: Sequence[int]) -> str:
     inner = [str(layer) for layer in layers if layer != HEAD_INPUT]
     parts = [f"after layers {', '.join(inner)}"] if inner else []
     return "; ".join([*parts, *(["behind the final norm"] if HEAD_INPUT in layers else [])])
+
+
+def exit_text(build: BuildConfig) -> str:
+    """The early exit of a build: "behind 4 layers, with its own norm"."""
+    own = ", with its own norm and adapter" if build.exit_head else ""
+    return f"behind {build.early_exit} layer{'s' if build.early_exit != 1 else ''}{own}"
 
 
 def _cache_table(engine: Engine) -> str:

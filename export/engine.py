@@ -22,6 +22,8 @@ from .execution import Execution, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
 from .segment import Plan
+from .split_steps import SplitSteps
+from .split_steps import graph_bytes as split_graph_bytes
 from .step_outputs import StepOutputs
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ class Engine:
         self._execution: Execution | None = None
         self._lock = threading.Lock()
         self._native: NativeStep | None = None
+        self._split: SplitSteps | None = None
+        """Of an engine with an early exit."""
         self._native_line = ""
 
     def remove_with_engine(self, directory: Path) -> None:
@@ -113,6 +117,11 @@ class Engine:
     def hidden_layers(self) -> tuple[int, ...]:
         """The hidden states that `step_outputs` gives, in their order; see `passes/capture_hidden.py`."""
         return self.config.hidden_layers
+
+    @property
+    def early_exit(self) -> int | None:
+        """Layers in front of the exit that drafts; None for an engine without one. See `passes/split_early_exit.py`."""
+        return self.config.early_exit
 
     @property
     def takes_tree_masks(self) -> bool:
@@ -177,7 +186,12 @@ class Engine:
                 tensors = {name: self.weights[name].to(self.device) for name in self.plan.weight_names}
                 lowered = opening.result()
             self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
-            self._execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
+            execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
+            if self.early_exit is not None:
+                self._split = SplitSteps(
+                    self.plan, self.manifest, tensors, lowered, self.engine_dir, execution, self._native
+                )
+            self._execution = execution
             if self.device.type == "cuda":
                 self.weights = {name: Weight.from_tensor(tensor) for name, tensor in tensors.items()}  # not the sources
                 torch.cuda.empty_cache()  # parts of joined weights: the KV cache can have their memory
@@ -199,11 +213,15 @@ class Engine:
             k_cache, v_cache = (_zeros(size, layer.dtype, self.device) for size in sizes)
             caches.append((k_cache, v_cache))
         execution.bind_caches(caches)
+        if self._split is not None:
+            self._split.bind_caches(caches)
 
     def release_cache(self) -> None:
         """Frees the KV tensors and the captured steps that use them; `bind_cache` makes new ones."""
         if self._execution is not None:
             self._execution.bind_caches([])
+        if self._split is not None:
+            self._split.bind_caches([])
 
     def capture(self) -> StepGraphs | None:
         """Captures decode steps as CUDA graphs; None where there is nothing to capture (`uncaptured` says why).
@@ -212,7 +230,10 @@ class Engine:
         """
         if self.uncaptured is not None:
             return None
-        return self.prepare().capture(self.max_sequences)
+        graphs = self.prepare().capture(self.max_sequences)
+        if self._split is not None:
+            self._split.capture(self.max_sequences, self.max_batch_tokens)
+        return graphs
 
     def graph_bytes(self) -> int:
         """Estimate of the memory that `capture` takes: the largest step's activations and the graphs themselves, in bytes."""
@@ -226,6 +247,7 @@ class Engine:
             + 4 * rows * self.vocab_size
             + self._hidden_bytes()
             + graphs * len(self.plan.steps) * _BYTES_PER_CAPTURED_STEP
+            + (0 if self.early_exit is None else split_graph_bytes(self.manifest, self.plan, self.max_sequences))
         )
 
     @property
@@ -249,13 +271,35 @@ class Engine:
         return self.step_outputs(batch).logits
 
     def step_outputs(self, batch: Any) -> StepOutputs:
-        """As `step`, with the hidden states of all rows of the batch where the engine was built with `hidden_layers`."""
-        execution = self.prepare()
-        if not execution.executor.caches and self.manifest.cache.layers:
-            raise ValueError("the engine has no KV cache yet; call bind_cache, or use camshaft.LLM")
+        """As `step`, with the hidden states of all rows of the batch where the engine was built with `hidden_layers`.
+
+        A batch with `early` rows goes on behind the early exit, and gives logits alone.
+        """
+        execution = self._ready_execution()
+        if batch.early is not None:
+            return self._split_steps().verify(batch)
         if self._native is not None and self._native.takes(batch):
             return self._native.step_outputs(batch, execution.executor.caches)
         return execution.step(batch)
+
+    def draft(self, batch: Any) -> StepOutputs:
+        """Runs the layers in front of the early exit: writes their keys and values, returns the exit's logits [R, V] and the hidden
+        states [T, 1, H] that `Batch.early` brings back. Raises ValueError for an engine without an exit."""
+        self._ready_execution()
+        return self._split_steps().draft(batch)
+
+    def _ready_execution(self) -> Execution:
+        execution = self.prepare()
+        if not execution.executor.caches and self.manifest.cache.layers:
+            raise ValueError("the engine has no KV cache yet; call bind_cache, or use camshaft.LLM")
+        return execution
+
+    def _split_steps(self) -> SplitSteps:
+        if self._split is None:
+            raise ValueError(
+                "the engine was built without an early exit; compile the model with early_exit=, a number of layers"
+            )
+        return self._split
 
     def copy_slots(self, group: int, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies keys and values of a cache group from slot sources[i] to slot destinations[i], for all i at once.

@@ -23,7 +23,7 @@ from .executor import Executor, StepContext
 from .kernels.slots import SlotCopier
 from .manifest import EngineFile, Manifest
 from .segment import Plan
-from .step_outputs import StepOutputs, stack_hidden
+from .step_outputs import GraphPool, StepOutputs, stack_hidden
 from .targets.base import Lowered, get_target
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class StepSizes:
 class Execution:
     """A plan with its weights on the device, KV caches and, on CUDA, captured decode steps.
 
-    weights: name -> tensor on `device`. lowered: what `open_engines` opened. directory: of the engine files.
+    weights: name -> tensor on `device`. lowered: what `open_engines` opened. directory: of the engine files. like: the execution of
+    another plan of the same engine, whose stream, bound segments and graphs' memory are shared: the two run one after another.
     """
 
     def __init__(
@@ -108,8 +109,11 @@ class Execution:
         lowered: Mapping[str, Lowered],
         directory: Path,
         device: torch.device,
+        like: Execution | None = None,
     ) -> None:
         self.device = device
+        self._has_logits = plan.has_logits
+        self._hidden_input = plan.hidden_input
         self._manifest = manifest
         self._directory = directory
         self._inputs = list(plan.inputs)
@@ -119,15 +123,22 @@ class Execution:
         self._sizes = StepSizes(
             plan, self._lowered, manifest.build.buckets, max(get_target(name).fewest_tokens(device) for name in names)
         )
-        self.executor = Executor(plan, self._lowered, weights, batch_invariant=manifest.build.batch_invariant)
+        self.executor: Executor = Executor(
+            plan, self._lowered, weights, batch_invariant=manifest.build.batch_invariant,
+            like=None if like is None else like.executor,
+        )  # fmt: skip
         self._graphs: StepGraphs | None = None
         self._copiers: dict[int, SlotCopier] = {}
         """Of cache groups whose slots have been copied."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pool = GraphPool()
+        if like is not None:
+            self._stream, self._pool = like._stream, like._pool
 
     def bind_caches(self, caches: list[tuple[Tensor, Tensor]]) -> None:
         """Takes the KV tensors of all layers; graphs that wrote to others are dropped."""
         self._graphs = None
+        self._pool.clear()
         self._copiers.clear()
         self.executor.caches = caches
 
@@ -141,23 +152,28 @@ class Execution:
 
     def capture(self, max_sequences: int) -> StepGraphs:
         """Captures the decode steps of up to `max_sequences` sequences; mixed steps are captured as they come."""
-        from .cuda_graphs import CaptureLimits, StepGraphs
-
-        build, cache, model = self._manifest.build, self._manifest.cache, self._manifest.model
-        assert self._stream is not None
-        self.open(captured_sizes(build.buckets, max_sequences))
-        limits = CaptureLimits(
-            build.buckets, build.max_batch_tokens, max_sequences, build.max_seq_len,
-            -(-build.max_seq_len // cache.block_size), len(cache.windows), model.vocab_size, model.hidden_input,
-            getattr(torch, build.dtype),
-        )  # fmt: skip
-        self._graphs = graphs = StepGraphs(self._launch, self._sizes, limits, self.device, self._stream)
+        self.open(captured_sizes(self._manifest.build.buckets, max_sequences))
+        graphs = self.capture_later(max_sequences, self._manifest.build.max_batch_tokens)
         graphs.capture_decodes()
         if "tensorrt" in self._manifest.targets:
             from .targets.tensorrt import keep_kernels
 
             keep_kernels(self._directory)
         return graphs
+
+    def capture_later(self, max_sequences: int, max_tokens: int) -> StepGraphs:
+        """Captures steps of up to `max_sequences` sequences and `max_tokens` tokens when their shape comes again."""
+        from .cuda_graphs import CaptureLimits, StepGraphs
+
+        build, cache, model = self._manifest.build, self._manifest.cache, self._manifest.model
+        assert self._stream is not None
+        width, dtype = self._hidden_input or (None, torch.float32)
+        limits = CaptureLimits(
+            build.buckets, max_tokens, max_sequences, build.max_seq_len,
+            -(-build.max_seq_len // cache.block_size), len(cache.windows), model.vocab_size, width, dtype,
+        )  # fmt: skip
+        self._graphs = StepGraphs(self._launch, self._sizes, limits, self.device, self._stream, self._pool)
+        return self._graphs
 
     def open(self, sizes: Sequence[int]) -> None:
         """Opens the engines of these sizes, many at once: TensorRT compiles kernels meanwhile, unless it finds them."""
@@ -183,15 +199,17 @@ class Execution:
             "positions": _pad(batch.positions, tokens, 0)[None],
             "sample_rows": _pad(batch.sample_rows, rows, 0),
         }
-        if self._manifest.model.hidden_input is not None:
+        if self._hidden_input is not None:
             values["hidden"] = _pad(batch.hidden, tokens, 0)[None]
         with self._on_stream():
             logits, states = self._launch(values, context)
             return StepOutputs(logits[:num_rows], stack_hidden(states, num_tokens))
 
     def _launch(self, values: Mapping[str, Tensor], context: StepContext) -> tuple[Tensor, list[Tensor]]:
-        logits, *states = self.executor.run([values[name] for name in self._inputs], context)
-        return logits[0], states
+        results = self.executor.run([values[name] for name in self._inputs], context)
+        if not self._has_logits:
+            return results[0].new_empty(values["sample_rows"].shape[0], 0), results
+        return results[0][0], results[1:]
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:

@@ -34,7 +34,8 @@ Operation = Callable[[list[Tensor | None], StepContext | None], None]
 class Executor:
     """One pass through a plan. Slots are numbered; a slot is freed after its last reader.
 
-    lowered: the segments by id. weights: name -> tensor on `device`. caches: (k, v) tensors per layer, may be set later.
+    lowered: the segments by id. weights: name -> tensor on `device`. caches: (k, v) tensors per layer, may be set later. like: an
+    executor of the same engine, whose segments are used where they are bound to the same weights.
     batch_invariant: attention's results of a token do not depend, to the last bit, on what else is in its step (CUDA).
     """
 
@@ -45,7 +46,9 @@ class Executor:
         weights: Mapping[str, Tensor],
         *,
         batch_invariant: bool = False,
+        like: Executor | None = None,
     ) -> None:
+        self._bound: dict[tuple[str, tuple[str, ...]], Bound] = {} if like is None else like._bound
         self.caches: list[tuple[Tensor, Tensor]] = []
         self._batch_invariant = batch_invariant
         self._attention_state = AttentionState()
@@ -56,8 +59,10 @@ class Executor:
         for index, step in enumerate(plan.steps):
             frees = [self._slot(name) for name, last in last_use.items() if last == index]
             if isinstance(step, SegmentStep):
-                bound = lowered[step.segment].bind([weights[name] for name in step.weights])
-                self._operations.append(self._segment(step, bound, frees))
+                key = (step.segment, step.weights)
+                if key not in self._bound:
+                    self._bound[key] = lowered[step.segment].bind([weights[name] for name in step.weights])
+                self._operations.append(self._segment(step, self._bound[key], frees))
             else:
                 self._operations.append(self._attention(step, weights, frees))
         self._outputs = [self._slot(name) for name in plan.outputs]

@@ -51,6 +51,10 @@ class BuildConfig:
     """Whether a token's result must not depend, to the last bit, on what else is in its step; CUDA only."""
     hidden_layers: tuple[int, ...] = ()
     """Hidden states that steps give besides the logits, see `passes/capture_hidden.py`."""
+    early_exit: int | None = None
+    """Layers in front of the exit that drafts, see `passes/split_early_exit.py`; None: there is none."""
+    exit_head: str | None = None
+    """Hex digits of the exit's own norm and adapter; None: it uses the model's norm."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,8 +70,8 @@ def _key(tensor: Tensor) -> int:
 class Program:
     """Instructions of one (T, R), and where their buffers lie in the arena.
 
-    inputs: per name of the plan's inputs, its buffer; output: the logits, contiguous [1, R, V]; hidden: hidden states, contiguous
-    [1, T, H] each.
+    inputs: per name of the plan's inputs, its buffer; output: the logits, contiguous [1, R, V], if any; hidden: hidden states,
+    contiguous [1, T, H] each.
     """
 
     instructions: list[Instruction] = field(default_factory=list)
@@ -194,14 +194,14 @@ def translate(
             continue
         operands = [slots[name] for name in step.inputs] + [weights[name] for name in step.weights]
         slots.update(zip(step.outputs, _segment(plan, step, translator, operands)))
-    output, *hidden = (slots[name] for name in plan.outputs)
-    for tensor in (output, *hidden):
+    for tensor in (slots[name] for name in plan.outputs):
         if not tensor.is_meta or tensor.dtype != torch.float32:
             raise Unsupported(f"an output in {tensor.dtype}")
-    program.output = translator.contiguous(output)
-    program.hidden = [translator.contiguous(tensor) for tensor in hidden]
-    for tensor in (program.output, *program.hidden):
+        program.hidden.append(translator.contiguous(tensor))
+    for tensor in program.hidden:
         program.touch(tensor, len(program.instructions))
+    if plan.has_logits:
+        program.output = program.hidden.pop(0)
     program.place()
     return program
 

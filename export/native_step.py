@@ -87,9 +87,11 @@ def outlook(plan: Plan, build: BuildConfig) -> str:
 class NativeStep:
     """Runs steps of up to `max_tokens` tokens of a plan.
 
-    weights: name -> float32 tensor on the CPU. Programs are written when a step of their size first comes. Steps of one
-    object run one at a time, from whichever thread; torch.get_num_threads() decides how many threads share the work.
-    Raises Unsupported or NativeBuildError if the plan cannot run.
+    weights: name -> float32 tensor on the CPU. like: the step of another plan, with which threads and weights are shared.
+
+    Programs are written when a step of their size first comes. Steps of one object, and of those like it, run one at a time, from
+    whichever thread; torch.get_num_threads() decides how many threads share the work. Raises Unsupported or NativeBuildError if the
+    plan cannot run.
     """
 
     def __init__(
@@ -98,22 +100,30 @@ class NativeStep:
         weights: Mapping[str, Tensor],
         vocab_size: int,
         max_tokens: int = MAX_TOKENS,
-        hidden_input: int | None = None,
+        like: NativeStep | None = None,
     ) -> None:
         library = _library()
         self.max_tokens = max_tokens
-        self._plan, self._weights, self._vocab_size = plan, weights, vocab_size
-        self._hidden_input = hidden_input
-        self._store = WeightStore(int(library.camshaft_step_panel()))
+        self._plan, self._weights = plan, weights
+        self._width = vocab_size if plan.has_logits else 0
+        self._hidden_input = None if plan.hidden_input is None else plan.hidden_input[0]
         self._run = library.camshaft_step_run
-        self._pool = library.camshaft_step_create()
+        self._like = like  # whose threads and copies of weights must live as long
+        self._store: WeightStore = WeightStore(int(library.camshaft_step_panel())) if like is None else like._store
+        self._lock: threading.Lock = threading.Lock() if like is None else like._lock
+        self._pool: Any = library.camshaft_step_create() if like is None else like._pool
         if not self._pool:
             raise MemoryError("no memory for the native step")
-        self._finalizer = weakref.finalize(self, library.camshaft_step_destroy, self._pool)
-        self._lock = threading.Lock()
+        if like is None:
+            self._finalizer = weakref.finalize(self, library.camshaft_step_destroy, self._pool)
         self._caches: Sequence[tuple[Tensor, Tensor]] | None = None
         self._arena = _arena(0)
         self._ready: dict[tuple[int, int], _Ready] = {}
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights, by name."""
+        return self._weights
 
     @property
     def copied_bytes(self) -> int:
@@ -148,7 +158,7 @@ class NativeStep:
             if ready is None:
                 ready = self._ready[num_tokens, num_rows] = self._write(num_tokens, num_rows)
             _check_batch(batch, num_tokens)
-            logits = torch.empty((num_rows, self._vocab_size))
+            logits = torch.empty((num_rows, self._width))
             ready.fill(batch, logits)
             status = self._run(self._pool, ready.buffer)
             if status:
@@ -182,8 +192,7 @@ class _Ready:
         self.buffer = ctypes.create_string_buffer(_STEP.size)
         self.inputs = [program.inputs.get(name) for name in ("token_ids", "positions", "sample_rows")]
         self.places = [0 if tensor is None else program.address(tensor, base) for tensor in self.inputs]
-        assert program.output is not None
-        self.result = program.address(program.output, base)
+        self.result = 0 if program.output is None else program.address(program.output, base)
         self.hidden = [program.view(tensor, arena, base) for tensor in program.hidden]
         given = program.inputs.get("hidden")
         self.hidden_input = None if given is None else program.view(given, arena, base)
@@ -269,8 +278,7 @@ def make_native_step(plan: Plan, manifest: Manifest, weights: Mapping[str, Tenso
     native: NativeStep | None = None
     if reason is None:
         try:
-            model = manifest.model
-            native = NativeStep(plan, weights, model.vocab_size, hidden_input=model.hidden_input)
+            native = NativeStep(plan, weights, manifest.model.vocab_size)
             native.check(_empty_caches(manifest.cache))
         except (Unsupported, NativeBuildError) as error:
             native, reason = None, str(error)
@@ -280,6 +288,18 @@ def make_native_step(plan: Plan, manifest: Manifest, weights: Mapping[str, Tenso
         line = f"native step up to {native.max_tokens} tokens, {native.copied_bytes / 1e6:.1f} MB of weights copied"
     logger.info("%s", line)
     return native, line
+
+
+def make_native_part(plan: Plan, manifest: Manifest, whole: NativeStep) -> NativeStep | None:
+    """The native step of a part of a plan, which shares threads and weights with that of the whole; None, which is logged, where
+    there is none."""
+    try:
+        native = NativeStep(plan, whole.weights, manifest.model.vocab_size, like=whole)
+        native.check(_empty_caches(manifest.cache))
+    except Unsupported as error:
+        logger.warning("no native step of %s: %s; it runs in %s", ", ".join(plan.outputs), error, manifest.build.target)
+        return None
+    return native
 
 
 def _empty_caches(cache: CacheSpec) -> list[tuple[Tensor, Tensor]]:

@@ -110,6 +110,15 @@ class Plan:
         return "sample_rows" in self.inputs
 
     @property
+    def hidden_input(self) -> tuple[int, torch.dtype] | None:
+        """Width and dtype of the hidden states [1, T, H] that a step brings beside its tokens, None where it brings none."""
+        for step in self.steps:
+            if isinstance(step, SegmentStep) and "hidden" in step.inputs and "hidden" in self.inputs:
+                entry = self.segments[step.segment].placeholders[step.inputs.index("hidden")]
+                return int(entry["shape"][-1]), getattr(torch, entry["dtype"])
+        return None
+
+    @property
     def weight_names(self) -> list[str]:
         """Every weight that a step names, those of parts behind, each once, in order of first use."""
         names: dict[str, None] = {}

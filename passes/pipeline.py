@@ -28,8 +28,8 @@ from .quantize_linear import QuantizeLinear
 from .resolve_masks import ResolveMasks
 from .scale_kv_cache import ScaleKVCache
 from .select_rows import SelectRows
-
 from .split_early_exit import ExitWeights, MarkExit, SplitEarlyExit
+
 
 def canonicalize_passes() -> list[GraphPass]:
     """Semantic operators out of aten chains; legal for any program."""
@@ -78,32 +78,33 @@ def decoder_passes(
     cache_dtype: torch.dtype | None = None,
     fuse_rope: bool = False,
     hidden_layers: tuple[int, ...] = (),
-) -> list[GraphPass]:
     early_exit: int | None = None,
     exit_weights: ExitWeights | None = None,
+) -> list[GraphPass]:
     """The whole pipeline of a decoder that is served: one paged row of tokens in, logits of the sampled rows out.
 
     quantize: recipe of linear layers, None: as the checkpoint has them; quantizer, kernels: see `quantize_passes`. cache_dtype: of
     keys and values, None: the one they are computed in; int8 needs `quantizer`. fuse_rope: attention turns queries and keys itself
     (CUDA's kernels can).
-    hidden_layers: whose hidden states are further outputs (`capture_hidden`).
+    hidden_layers: whose hidden states are further outputs (`capture_hidden`). early_exit: layers in front of an exit that drafts
+    (`split_early_exit`), exit_weights: its own, where it has been trained.
     """
     return [
         *([CaptureHidden(hidden_layers)] if hidden_layers else []),
+        *([MarkExit(early_exit)] if early_exit is not None else []),
         *canonicalize_passes(),
         *fuse_passes(),
         *(stored_passes(kernels) if quantize is None else quantize_passes(quantize, quantizer, kernels)),
-        *([MarkExit(early_exit)] if early_exit is not None else []),
         *cache_passes(cache_dtype, quantizer),
         PageAttention(block_size=block_size, cache_dtype=cache_dtype),
         SelectRows(),
         *([BindStoredWeights(kernels, head=True)] if quantize is None else []),
         Normalize(),
         *([FuseRopeCache()] if fuse_rope else []),
+        *([SplitEarlyExit(exit_weights)] if early_exit is not None else []),
     ]
 
 
 def module_passes() -> list[GraphPass]:
-        *([SplitEarlyExit(exit_weights)] if early_exit is not None else []),
     """The pipeline of a module that is no decoder: canonical and fused, inputs and outputs as they were."""
     return [*canonicalize_passes(), *fuse_passes()]

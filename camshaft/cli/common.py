@@ -268,6 +268,10 @@ def precision_text(build: BuildConfig) -> str:
         from ..export.display import hidden_text
 
         parts.append(f"hidden states {hidden_text(build.hidden_layers)}")
+    if build.early_exit is not None:
+        from ..export.display import exit_text
+
+        parts.append(f"early exit {exit_text(build)}")
     return ", ".join(parts)
 
 

@@ -87,5 +87,5 @@ def test_bad_layers(model):
         camshaft.compile(model, target="eager", hidden_layers=(5,), **LIMITS)
     with pytest.raises(ValueError, match="each layer once"):
         camshaft.compile(model, target="eager", hidden_layers=(1, 1), **LIMITS)
-    with pytest.raises(ValueError, match="hidden_layers are options of decoders"):
+    with pytest.raises(ValueError, match="hidden_layers and early_exit are options of decoders"):
         camshaft.compile(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), hidden_layers=(1,))
