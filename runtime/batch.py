@@ -202,7 +202,14 @@ class BatchBuilder:
             self._decodes = None
             self._repeat = None
 
-    def build(self, plan: StepPlan, in_flight: torch.Tensor | None = None, drafts: StepDrafts | None = None) -> Batch:
+    def build(
+        self,
+        plan: StepPlan,
+        in_flight: torch.Tensor | None = None,
+        drafts: StepDrafts | None = None,
+        *,
+        in_order: bool = False,
+    ) -> Batch:
         """The batch of a plan.
 
         Rows of the plan keep their order; `sample_rows` lists each request's last `num_logit_rows` rows.
@@ -211,6 +218,7 @@ class BatchBuilder:
             in_flight: [R'] int64 on the device, what the last batch's rows sampled, for a plan on top of its step;
                 values below 0 are taken for 0.
             drafts: of a plan with drafts; needed where their values are on the device alone.
+            in_order: `in_flight` [D] belongs to the plan's decodes, in their order.
         """
         for request_id in (*plan.preempted, *plan.left):
             self.release(request_id)
@@ -237,7 +245,7 @@ class BatchBuilder:
         if trees and drafts is not None:
             arrays[-1][:] = 0
             _write_trees(plan, drafts, positions, arrays[-1])
-        source[:] = self._sampled_at[table_rows[:sources]]
+        source[:] = np.arange(sources) if in_order else self._sampled_at[table_rows[:sources]]
         block, offset = np.divmod(layout.positions, self.block_size)
         token_rows = table_rows[layout.sequence]
         for table, slot, blocks in zip(self._tables, slots, tables):
@@ -255,6 +263,10 @@ class BatchBuilder:
         groups = tuple(map(GroupMetadata, sent[3 : 3 + num_groups], sent[6 + num_groups : 6 + 2 * num_groups]))
         batch = Batch(sent[0], sent[1], groups, sent[4 + num_groups], sent[5 + num_groups], sent[2],
                       layout.max_query_len, max_seq_len, layout.num_decodes, sent[-1] if trees else None)  # fmt: skip
+        if drafts is not None and drafts.drafts.hidden is not None:
+            from .early_rows import early_rows
+
+            batch.early = early_rows(plan, batch, drafts)
         small = not plan.others and num_decodes <= _REPEAT_SEQUENCES and self.device.type == "cpu"
         self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if small and in_flight is None else None
         return batch

@@ -6,17 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from ...graph.weights import Weight
 from ..batch import Engine
 from ..tokenizer import Tokenizer
 from .config import SpeculativeConfig
 from .draft_model import DraftModelProposer, full_group
 from .draft_tree import TreeDraftProposer
+from .eagle import EagleProposer
+from .eagle_tree import TreeEagleProposer
+from .early_exit import EarlyExitProposer, check_exit
+from .heads import HEAD_INPUT, HeadsProposer
 from .ngram import NgramProposer
 from .proposer import Proposer, ProposerContext
 
-_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {"ngram": NgramProposer, "draft": DraftModelProposer}
+_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
+    "ngram": NgramProposer,
+    "draft": DraftModelProposer,
+    "heads": HeadsProposer,
+    "eagle": EagleProposer,
+    "self": EarlyExitProposer,
+}
 """Proposers that come with the package, by method."""
-_TREE_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {"draft": TreeDraftProposer}
+_TREE_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
+    "draft": TreeDraftProposer,
+    "heads": HeadsProposer,
+    "eagle": TreeEagleProposer,
+}
 """As above, of those that draft trees."""
 _SAME_LIMITS = ("max_seq_len", "max_sequences", "max_batch_tokens", "block_size")
 """Build options that a draft model which is compiled for an LLM takes from the target."""
@@ -38,6 +53,8 @@ def make_proposer(config: SpeculativeConfig, engine: Engine, draft_engine: Engin
 
 def check_config(config: SpeculativeConfig, engine: Engine) -> None:
     """Raises ValueError where drafts cannot fit the target's steps or sequences."""
+    if config.method == "self":
+        check_exit(config, engine)
     needed = engine.max_sequences + config.num_draft_tokens
     if engine.max_batch_tokens < needed:
         raise ValueError(
@@ -53,32 +70,77 @@ def check_config(config: SpeculativeConfig, engine: Engine) -> None:
 
 
 def open_draft_engine(config: SpeculativeConfig, engine: Engine) -> Engine | None:
-    """The engine of method draft, compiled like the target where it is not an engine; None for other methods.
+    """The engine of method draft or eagle, compiled like the target where it is not an engine; None for other methods.
 
     Raises ValueError where it does not go with the target.
     """
-    if config.method != "draft":
+    if config.method not in ("draft", "eagle"):
         return None
     full_group(engine)
     model: Any = config.model
-    if hasattr(model, "step") and hasattr(model, "bind_cache"):
+    if config.method == "eagle":
+        draft = _open_eagle(Path(str(model)), engine)
+    elif hasattr(model, "step") and hasattr(model, "bind_cache"):
         draft = cast(Engine, model)
     elif isinstance(model, str) and (Path(model) / "manifest.json").is_file():
         from ...export import load_engine
 
         draft = cast(Engine, load_engine(Path(model)))
     else:
-        import camshaft
-
-        build = getattr(engine, "config", None)
-        options = {name: getattr(engine, name) for name in _SAME_LIMITS}
-        if build is not None:
-            options |= {"target": build.target, "device": build.device, "dtype": build.dtype}
-        draft = cast(Engine, camshaft.compile(model, **options))
+        draft = _compile_like(engine, model)
     check_draft_engine(draft, engine)
+    if config.method == "draft":
+        _check_vocabulary(draft, engine)
     if config.tree is not None:
         _check_trees(len(config.tree), draft, engine)
     return draft
+
+
+def _compile_like(engine: Engine, model: Any, **options: Any) -> Engine:
+    """A model compiled with a target's limits, target, device and dtype."""
+    import camshaft
+
+    build = getattr(engine, "config", None)
+    options |= {name: getattr(engine, name) for name in _SAME_LIMITS}
+    if build is not None:
+        options |= {"target": build.target, "device": build.device, "dtype": build.dtype}
+    return cast(Engine, camshaft.compile(model, **options))
+
+
+def _open_eagle(directory: Path, engine: Any) -> Engine:
+    """EAGLE's layer, compiled; its hidden state 1 is what the next row reads."""
+    from ...models.speculative.eagle_model import EagleModel
+
+    model = EagleModel.read(directory, embeddings_of(engine), engine.manifest.model.name)
+    return _compile_like(engine, model, hidden_layers=(1,))
+
+
+def embeddings_of(engine: Any) -> Weight:
+    """The token embeddings [V, H] of an engine. Raises ValueError for one whose plan looks none up."""
+    for step in engine.plan.steps:
+        segment = engine.plan.segments.get(getattr(step, "segment", None))
+        if segment is None:
+            continue
+        names = [entry["name"] for entry in segment.placeholders][segment.num_inputs :]
+        for entry in segment.nodes:
+            if entry["op"] == "call_function" and entry["target"] == "aten.embedding.default":
+                table = entry["args"][0]
+                found: Weight = engine.weights[step.weights[names.index(table["node"])]]
+                return found
+    raise ValueError(
+        f"{engine.manifest.model.name} looks up no token embeddings, which the EAGLE checkpoint lacks; give one with embed_tokens"
+    )
+
+
+def hidden_layers_of(config: SpeculativeConfig, num_layers: int) -> tuple[int, ...]:
+    """The hidden states that a target of `num_layers` layers is compiled with for a config; () for methods that read none."""
+    if config.method == "heads":
+        return (HEAD_INPUT,)
+    if config.method != "eagle":
+        return ()
+    from ...models.speculative.eagle import capture_layers, read_eagle_config
+
+    return capture_layers(read_eagle_config(Path(str(config.model))), num_layers)
 
 
 def _check_trees(num_nodes: int, draft: Engine, engine: Engine) -> None:
@@ -110,7 +172,6 @@ def check_draft_engine(draft: Engine, engine: Engine) -> None:
                 f"the draft model was built for {name}={getattr(draft, name)} and the target for {getattr(engine, name)}; "
                 f"build it with at least the target's {name}"
             )
-    _check_vocabulary(draft, engine)
 
 
 def _check_vocabulary(draft: Engine, engine: Engine) -> None:

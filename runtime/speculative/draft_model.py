@@ -13,7 +13,7 @@ The step that catches up samples d0, one step more each further draft, all reque
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,11 @@ from ..logits import SamplingState
 from ..packing import upload
 from ..plan import ScheduledRequest, StepPlan
 from ..request import Request, RequestStatus
-from ..sampler import Sampler, derive_seed
+from ..sampler import Sampler
+from .draft_state import draft_state
 from .proposer import Drafts, ProposerContext, Target, Verified
 
 Ints = npt.NDArray[np.int64]
-
-_DRAFT_STREAM = 0x5BEC0DE
-"""Index of the seed that draws drafts, among those derived from a request's."""
 
 
 @dataclass(slots=True)
@@ -73,24 +71,12 @@ class DraftModelProposer:
 
     def add(self, request: Request, state: SamplingState) -> None:
         """Prepares the request's own draws."""
-        self._requests[request.request_id] = _Progress(request, self._draft_state(state))
+        self._requests[request.request_id] = _Progress(request, draft_state(state, self._sampler, exact=self._exact))
 
     def release(self, request_id: str) -> None:
         """Forgets a request; what was computed for it stays in its blocks."""
         if self._requests.pop(request_id, None) is not None:
             self._builder.release(request_id)
-
-    def _draft_state(self, state: SamplingState) -> SamplingState:
-        """Draws as the target does, without what follows tokens that the host does not know, or makes it wait."""
-        params = replace(
-            state.params, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_token_ids=None,
-            logprobs=None, prompt_logprobs=None,
-        )  # fmt: skip
-        seed = state.seed if self._exact else derive_seed(state.seed, _DRAFT_STREAM)
-        drawn = SamplingState(params, state.prompt_token_ids, state.output_token_ids, seed, state.stop_ids)
-        if self._sampler.reads_device(drawn):
-            drawn.params = replace(params, top_p=1.0)
-        return drawn
 
     # --- drafting -----------------------------------------------------------------------------------------------
 
@@ -110,9 +96,13 @@ class DraftModelProposer:
         batch = tuple(target.request for target in targets)
         starts = np.array([target.request.num_tokens - 1 for target in targets], dtype=np.int64)
         for number in range(1, width):
-            kept = np.array([i for i in places.tolist() if targets[i].num_drafts > number], dtype=np.int64)
+            kept = np.array(
+                [n for n, i in enumerate(places.tolist()) if targets[i].num_drafts > number], dtype=np.int64
+            )
             if len(kept) < len(places):
-                places, batch = kept, tuple(targets[i].request for i in kept)
+                places = places[kept]
+                batch = tuple(targets[i].request for i in places.tolist())
+                chosen = self._keep(upload(kept, self._device), chosen)
             logits = self._step(batch, starts[places] + number, chosen)
             chosen = self._choose([targets[i] for i in places.tolist()], logits, number, places, drawn, q_SKV)
             if len(places) == len(targets):
@@ -128,6 +118,10 @@ class DraftModelProposer:
             [target.num_drafts for target in targets], tokens_SK,
             None if certain else q_SKV, [False] * len(targets) if certain else drawn,
         )  # fmt: skip
+
+    def _keep(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The tokens of those rows of the last step that are drafted for in the next one."""
+        return chosen.index_select(0, rows)
 
     def _is_drawn(self, target: Target) -> bool:
         return self._draws and not target.state.greedy
@@ -161,33 +155,44 @@ class DraftModelProposer:
 
     def _catch_up(self, targets: Sequence[Target]) -> torch.Tensor:
         """[S, V] logits after the last known token of every target, what comes before it computed in as many steps as needed."""
-        pending = [(target.request, self._begin(target.request)) for target in targets]
+        requests = [target.request for target in targets]
+        last = self._compute(
+            [(request, self._begin(request), request.num_tokens) for request in requests], samples=True
+        )
+        for request in requests:
+            self._learn(request, request.num_tokens)
+        return last[0] if len(last) == 1 else torch.cat(last)
+
+    def _compute(self, pending: Sequence[tuple[Request, int, int]], *, samples: bool) -> list[torch.Tensor]:
+        """Computes (request, first token, end) in as many steps as needed; logits of the last tokens if it `samples`, by step."""
         last: list[torch.Tensor] = []
         budget = self._engine.max_batch_tokens
         rows: list[ScheduledRequest] = []
-        for request, start in pending:
-            while start < request.num_tokens:
+        for request, start, end in pending:
+            while start < end:
                 if not budget:
                     last += self._run(rows)
                     rows, budget = [], self._engine.max_batch_tokens
-                count = min(budget, request.num_tokens - start)
-                ends = start + count == request.num_tokens
+                count = min(budget, end - start)
+                ends = samples and start + count == end
                 rows.append(ScheduledRequest(request, start, count, 0, int(ends), ends))
                 start, budget = start + count, budget - count
-        last += self._run(rows)
-        self._learn(targets)
-        return last[0] if len(last) == 1 else torch.cat(last)
+        return last + self._run(rows)
 
     def _run(self, rows: Sequence[ScheduledRequest]) -> list[torch.Tensor]:
         """Logits of the rows that end in this step; [] if none does."""
         plan = StepPlan(self._next_id(), tuple(rows), sum(row.num_tokens for row in rows))
-        logits = self._engine.step(self._builder.build(plan))
+        logits = self._forward(plan, None)
         return [self._fit(logits).clone()] if any(row.samples for row in rows) else []
 
     def _step(self, requests: tuple[Request, ...], starts: Ints, in_flight: torch.Tensor) -> torch.Tensor:
         """[R, V] logits after one more token of each request: the one sampled last."""
         plan = StepPlan(self._next_id(), (), len(requests), decodes=requests, starts=starts, on_top=True)
-        return self._fit(self._engine.step(self._builder.build(plan, in_flight)))
+        return self._fit(self._forward(plan, in_flight))
+
+    def _forward(self, plan: StepPlan, in_flight: torch.Tensor | None) -> torch.Tensor:
+        """Logits [R, V'] of a step of the draft engine. in_flight: [D] tokens of the plan's decodes; None where they are known."""
+        return self._engine.step(self._builder.build(plan, in_flight, in_order=True))
 
     def _next_id(self) -> int:
         self._num_steps += 1
@@ -230,15 +235,13 @@ class DraftModelProposer:
             found += 1
         return found * size
 
-    def _learn(self, targets: Sequence[Target]) -> None:
-        """Notes the full blocks that the draft model has now computed."""
+    def _learn(self, request: Request, end: int) -> None:
+        """Notes the full blocks that the draft model has now computed, those of the tokens up to `end`."""
         size = self._engine.block_size
-        for target in targets:
-            request = target.request
-            hashes = request.block_hashes.get(size, [])
-            first = max(self._requests[request.request_id].computed, 0) // size
-            for block, content in zip(request.block_ids[self._table][first:], hashes[first:]):
-                self._contents[block] = content
+        hashes = request.block_hashes.get(size, [])
+        full = slice(max(self._requests[request.request_id].computed, 0) // size, end // size)
+        for block, content in zip(request.block_ids[self._table][full], hashes[full]):
+            self._contents[block] = content
 
     def observe(self, verified: Sequence[Verified]) -> None:
         """The drafts that were accepted are computed already, except for the last one of a proposal."""
