@@ -33,6 +33,7 @@ __all__ = [
     "quantize_weight",
     "quantize_with_scale",
     "round_scaled",
+    "scale_candidates",
 ]
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -227,6 +228,13 @@ def _search(
         least = torch.minimum(error, least)
     assert best is not None
     return best
+
+
+def scale_candidates(
+    groups: Tensor, format: LinearFormat, candidates: int, global_scale: Tensor | None = None
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The (stored scale, zero point), [A, B, 1] each, that are tried for groups [A, B, elements] of float32 weights."""
+    return [_scale_of(groups, format, factor, global_scale) for factor in _factors(format, candidates)]
 
 
 def _where(condition: Tensor, yes: Tensor, no: Tensor) -> Tensor:

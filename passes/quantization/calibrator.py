@@ -205,6 +205,7 @@ def _round(
             damp=recipe.gptq_damp,
             block=recipe.gptq_block,
             act_order=recipe.act_order,
+            sweeps=recipe.gptq_sweeps,
             name=plan.weight,
         )
         return rounded.parts, rounded.order

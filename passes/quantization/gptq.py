@@ -8,7 +8,8 @@ one matrix product.
 
 Any format whose grid is known beforehand can be rounded so: int4, int8, fp8, nvfp4, mxfp4, mxfp8 (`grid`). Order of the columns:
 
-    "none"     as they are; a group's scales are chosen when its first column is reached, from what compensation made of it
+    "none"     as they are; a group's scales are chosen when its first column is reached, from what compensation made of it, by
+               what rounding the group with compensation loses
     "static"   by falling diagonal of H; scales of all groups chosen beforehand: nothing changes for the kernels
     "gather"   by falling diagonal of H, and stored so: groups of alike columns, for which x is gathered along K by `order`
 
@@ -26,6 +27,7 @@ from ...graph.linear_format import LinearFormat, check_divides
 from ...graph.quant_formats import QuantizedWeight
 from .grid import Grid
 from .recipe import ActOrder
+from .refine import refined
 
 _MAX_DAMP = 1.0
 
@@ -49,13 +51,15 @@ def gptq(
     damp: float = 0.01,
     block: int = 128,
     act_order: ActOrder = "none",
+    sweeps: int = 0,
     name: str = "the weight",
 ) -> Rounded:
     """Rounds a float matrix [N, K] to `format` for the least squared error of the layer's output.
 
     hessian_KK: X^T X of the layer's inputs (any positive factor), float32, on the weight's device; it is not changed. damp: what is
-    added to the diagonal, as a share of its mean. block: columns between two updates of the rest. Raises ValueError where groups
-    do not divide K or H is not positive definite with the largest damping either (1).
+    added to the diagonal, as a share of its mean. block: columns between two updates of the rest. sweeps: of coordinate
+    descent behind it (`refine`). Raises ValueError where groups do not divide K or H is not positive definite with the largest
+    damping either (1).
     """
     check_divides(format, tuple(weight_NK.shape), name)
     hessian = hessian_KK.float()
@@ -65,16 +69,28 @@ def gptq(
     if act_order == "none":
         grid = Grid.of(weight, format, importance)
         factor = _inverse_factor(hessian, damp, name)
-        return Rounded(grid.encode(_rounded(weight, factor, grid, importance, None, block)))
+        return Rounded(_finished(weight, _rounded(weight, factor, grid, None, block), grid, hessian, damp, sweeps))
     order = torch.argsort(importance, descending=True, stable=True)
     factor = _inverse_factor(hessian[order][:, order], damp, name)
     if act_order == "gather":
         weight, importance = weight[:, order], importance[order]
         grid = Grid.of(weight, format, importance)
-        return Rounded(grid.encode(_rounded(weight, factor, grid, importance, None, block)), order)
+        restored = _rounded(weight, factor, grid, None, block)
+        return Rounded(_finished(weight, restored, grid, hessian[order][:, order], damp, sweeps), order)
     grid = Grid.of(weight, format, importance)
-    restored = _rounded(weight[:, order], factor, grid, importance, order.tolist(), block)
-    return Rounded(grid.encode(restored[:, torch.argsort(order)]))
+    restored = _rounded(weight[:, order], factor, grid, order.tolist(), block)[:, torch.argsort(order)]
+    return Rounded(_finished(weight, restored, grid, hessian, damp, sweeps))
+
+
+def _finished(
+    weight: Tensor, restored: Tensor, grid: Grid, hessian: Tensor, damp: float, sweeps: int
+) -> QuantizedWeight:
+    """What is stored of a rounded weight, after `sweeps` of coordinate descent."""
+    if not sweeps:
+        return grid.encode(restored)
+    damped = hessian.clone()
+    damped.diagonal().add_(damp * (float(hessian.diagonal().mean()) or 1.0))
+    return refined(weight, restored, grid, damped, sweeps=sweeps)
 
 
 def output_error(weight_NK: Tensor, restored_NK: Tensor, hessian_KK: Tensor) -> float:
@@ -127,16 +143,14 @@ def _damped_cholesky(hessian_KK: Tensor, damp: float, name: str) -> tuple[Tensor
     )
 
 
-def _rounded(
-    weight_NK: Tensor, factor_KK: Tensor, grid: Grid, importance_K: Tensor, order: list[int] | None, block: int
-) -> Tensor:
+def _rounded(weight_NK: Tensor, factor_KK: Tensor, grid: Grid, order: list[int] | None, block: int) -> Tensor:
     """The columns on the grid, each error answered by the columns behind it.
 
     order: the grid's column of each column; None: the same, and a group's scales are chosen when it is reached.
     """
     work = weight_NK.clone()
     dim, width = work.shape[1], grid.width
-    chosen_here = order is None and grid.grouped
+    chosen_here = order is None and grid.grouped and not grid.format.block
     if chosen_here:  # a group lies in one block, so that all its columns are up to date when it is reached
         block = max(block // width, 1) * width
     for begin in range(0, dim, block):
@@ -147,7 +161,7 @@ def _rounded(
             index = begin + column
             if chosen_here and index % width == 0:
                 group = slice(column, column + width)
-                grid.choose(part[:, group], index, importance_K[index : index + width])
+                grid.choose(part[:, group], index, factor[group, group])
             value = part[:, column].clone()
             part[:, column] = grid.round(value, index if order is None else order[index])
             error = (value - part[:, column]) / factor[column, column]

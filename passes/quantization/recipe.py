@@ -61,6 +61,8 @@ class Recipe:
     """GPTQ: share of the Hessian's mean diagonal that is added to its diagonal."""
     gptq_correct: bool = True
     """GPTQ: weights are first fitted to the outputs of the unquantized model, which is run beside the quantized one."""
+    gptq_sweeps: int = 0
+    """GPTQ: sweeps of coordinate descent over all columns behind it, with scales fitted to the values after each."""
     act_order: ActOrder = "none"
     """GPTQ: "static": columns are rounded in the order of falling activations, groups stay as they are; "gather": they are stored
     so, groups of alike columns, and the input is gathered in each step."""
@@ -79,6 +81,7 @@ class Recipe:
             ("awq_grid", self.awq_grid, 1, 1000),
             ("gptq_block", self.gptq_block, 1, 1 << 20),
             ("gptq_damp", self.gptq_damp, 0, 10),
+            ("gptq_sweeps", self.gptq_sweeps, 0, 100),
         ):
             if not low <= number <= high:
                 raise ValueError(f"recipe: {name} is {number}; allowed: {low} to {high}")

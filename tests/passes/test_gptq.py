@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from camshaft.graph.linear_format import LinearFormat
-from camshaft.graph.quant_formats import dequantize_weight, quantize_weight
+from camshaft.graph.quant_formats import QuantizedWeight, dequantize_weight, quantize_weight
 from camshaft.passes.quantization.gptq import corrected, gptq, output_error
 from camshaft.passes.quantization.grid import Grid
 from torch import Tensor
@@ -104,3 +104,27 @@ def test_correction_fits_the_output_of_the_original_inputs() -> None:
     fitted = corrected(weight, q.t() @ q / 2048, x.t() @ q / 2048)
     expected = x @ weight.t()
     assert (q @ fitted.t() - expected).norm() < 0.95 * (q @ weight.t() - expected).norm()
+
+
+@pytest.mark.parametrize("format", ["int4:g32:zp/none", "int8/int8", "fp8/fp8", "nvfp4/none"])
+def test_sweeps_lower_the_loss(format: str) -> None:
+    parsed = LinearFormat.parse(format)
+    weight, hessian = _case()
+    losses = [
+        output_error(weight, dequantize_weight(gptq(weight, hessian, parsed, sweeps=sweeps).parts, parsed), hessian)
+        for sweeps in (0, 1, 3)
+    ]
+    assert losses[2] <= losses[1] * 1.001 and losses[1] < 0.97 * losses[0]
+
+
+def test_fitted_scales_are_the_least_squares_ones() -> None:
+    """Values as they are: no other scale of a group is better."""
+    format = LinearFormat.parse("int4:g32:zp/none")
+    weight, hessian = _case(8)
+    parts = gptq(weight, hessian, format, sweeps=2).parts
+    least = output_error(weight, dequantize_weight(parts, format), hessian)
+    for factor in (0.99, 1.01):
+        scale = parts.scale.clone()
+        scale[3, 2] *= factor
+        other = QuantizedWeight(parts.values, scale, parts.zero_point)
+        assert output_error(weight, dequantize_weight(other, format), hessian) > least
