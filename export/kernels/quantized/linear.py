@@ -5,7 +5,7 @@
     fp8 of rows or matrix        fp8, fp8_static      `gemm.scaled_linear`               the same
     int8 of rows                 int8, int8_static    by 16 bits                         int8 tensor cores (`gemm_tiled`)
     fp8 in blocks                fp8_block            by 16 bits                         fp8 tensor cores (`block_fp8`)
-    int4, groups from 64         fp8, fp8_static      by 16 bits                         fp8 tensor cores (`packed_fp8`)
+    int4, groups from 64         fp8, fp8_static      by 16 bits                         up to 512 fp8 tensor cores (`packed_fp8`)
     any other pair                                    by 16 bits                         dequantized, then the library
 
 By 16 bits: `few_rows` for one or two rows of x, `weight_tile` for more. Rounded rows are then their values of 8 bits or fewer,
@@ -122,7 +122,8 @@ def _many_small_rows(
         return multiply_block_fp8(
             rounded.values, weight.words.view(FP8), rounded.group_scale, weight.scale, bias, x.dtype, tables.BLOCK_FP8
         )
-    step = step_of(weight) if activations in _FP8_ROWS else None
+    packed = activations in _FP8_ROWS and x.shape[0] <= tables.PACKED_FP8_MOST
+    step = step_of(weight) if packed else None
     if step is None:
         return None
     planes, scale, sums = quantize_planes(x, x_scale if activations == "fp8_static" else None, step)

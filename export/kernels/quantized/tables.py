@@ -84,6 +84,8 @@ INT8_MANY_ROWS = 512
 """int8 by int8: above so many rows, the larger tiles."""
 BLOCK_FP8 = TiledConfig(block_m=64, block_n=128, block_k=128, warps=4, stages=4)
 PACKED_FP8 = PackedFp8Config(block_m=64, block_n=128, warps=4, stages=4)
+PACKED_FP8_MOST = 512
+"""int4 by fp8: above so many rows, the weight is dequantized and multiplied in 16 bits."""
 
 
 def choose(weight: Stored, num_rows: int) -> FewRowsConfig | WeightTileConfig | None:
