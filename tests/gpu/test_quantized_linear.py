@@ -119,9 +119,6 @@ def test_few_rows(text: str) -> None:
         x = rows_of(count, k) + 0.5  # a mean, which zero points act on
         wanted = (x.double() @ dense.double().t()).float() + bias.float()
         check(multiply_few_rows(x, weight, bias, torch.float32, config), wanted, 3e-6)
-        if count < 5:
-            alone = multiply_few_rows(x[-1:], weight, bias, HALF, config)
-            assert torch.equal(alone[0], multiply_few_rows(x, weight, bias, HALF, config)[-1])
 
 
 @pytest.mark.parametrize("text", ["int4:g128", "int8", "nvfp4"])

@@ -35,7 +35,8 @@ class Choice:
 INT4_TABLE = (
     Choice(rows=1, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
     Choice(rows=1, columns=_ANY, config=Few(block_n=8, block_k=4096)),
-    Choice(rows=2, columns=_ANY, config=Few(block_n=4, block_k=2048, warps=2)),
+    Choice(rows=2, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
+    Choice(rows=2, columns=_ANY, config=Few(block_n=8, block_k=4096)),
     Choice(rows=16, columns=4096, config=Tile(block_n=64, block_k=256, splits=4, weight_left=True)),
     Choice(rows=32, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True, scale_sums=True)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=128, block_k=128, scale_sums=True)),
@@ -52,7 +53,8 @@ INT4_TABLE = (
 FP4_TABLE = (
     Choice(rows=1, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
     Choice(rows=1, columns=_ANY, config=Few(block_n=8, block_k=4096)),
-    Choice(rows=2, columns=_ANY, config=Few(block_n=4, block_k=2048, warps=2)),
+    Choice(rows=2, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
+    Choice(rows=2, columns=_ANY, config=Few(block_n=8, block_k=4096)),
     Choice(rows=16, columns=8192, config=Tile(block_n=64, block_k=256, splits=4)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=256)),
     Choice(rows=64, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
