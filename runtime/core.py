@@ -249,6 +249,8 @@ class ServingCore:
             self._fail_row(request, f"no token can be chosen at position {request.num_tokens}", _NO_TOKEN)
         for index, position in result.failed_prompts.items():
             self._fail_row(plan.request(index), f"no log-probabilities after position {position} of the prompt", "")
+        if self.speculation is not None:
+            self.speculation.keep_branches(result.outcomes, plan)
         updates = self.scheduler.update(plan, result.tokens)
         for update in updates:
             if (

@@ -175,6 +175,18 @@ class Speculation:
 
     # --- results ------------------------------------------------------------------------------------------------
 
+    def keep_branches(self, outcomes: Sequence[Outcome], plan: StepPlan) -> None:
+        """Moves keys and values of accepted branches of trees to where the texts go on.
+
+        Before the scheduler takes the tokens in: what a request that ends has computed may go to others, by the prefix cache.
+        """
+        moves = SlotMoves(self._runner.engine)
+        for outcome in outcomes:
+            row = plan.others[outcome.index - len(plan.decodes)]
+            if not row.request.is_finished:
+                moves.add(row.request.block_ids, row.start + row.num_tokens - row.num_draft_tokens, outcome.nodes)
+        moves.launch()
+
     def observe(self, result: StepResult, plan: StepPlan, updates: Sequence[RequestUpdate]) -> None:
         """Takes in what became of a step's drafts, and its hidden states."""
         verified = self._count(result.outcomes, plan, updates)

@@ -122,6 +122,22 @@ def test_greedy_and_exact_tokens_are_those_of_plain_decoding(asynchronous):
     assert stats.speculative.mean_accepted_length > 1.7
 
 
+def test_accepted_branches_are_in_the_prefix_cache():
+    """Those of requests that have ended, too: their blocks are found by later prompts."""
+    rng = random.Random(2)
+    prompts = [[rng.randrange(7) for _ in range(rng.randrange(1, 9))] for _ in range(20)]
+    params = SamplingParams(temperature=0, max_tokens=24, stop_token_ids=[0])
+    kwargs = dict(kv_cache_bytes=1 << 16)
+    with LLM(FakeEngine(vocab_size=7), **kwargs) as llm:
+        texts = [prompt + output.token_ids for prompt, output in zip(prompts, llm.generate(prompts, params))]
+        expected = [output.token_ids for output in llm.generate(texts, params)]
+    with LLM(TreeEngine(vocab_size=7), speculative=CONFIG, **kwargs) as llm:
+        llm.generate(prompts, params)
+        outputs = llm.generate(texts, params)
+    assert [output.token_ids for output in outputs] == expected
+    assert sum(output.metrics.num_cached_tokens for output in outputs) > 50
+
+
 class SecondChoice(TreeEngine):
     """Now and then its likeliest token is the target's second."""
 
