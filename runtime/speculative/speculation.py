@@ -26,9 +26,6 @@ from .moves import SlotMoves
 from .proposer import Drafts, Proposer, Target, Verified
 from .verification import Outcome, StepDrafts
 
-MAX_TREE_NODES = 48
-"""Most drafts of a tree: a row's mask has 64 bits, and tokens to catch up on may come first."""
-
 
 class Speculation:
     """Speculation of one LLM; for its serving thread.
@@ -201,7 +198,6 @@ class Speculation:
         """Counts what became of drafts; what to tell the proposer of them, by index in the plan."""
         new_tokens = {id(update.request): len(update.new_token_ids) for update in updates}
         verified: dict[int, Verified] = {}
-        moves = SlotMoves(self._runner.engine)
         for outcome in outcomes:
             row = plan.others[outcome.index - len(plan.decodes)]
             request, num_tokens = row.request, new_tokens.get(id(row.request), 0)
@@ -214,9 +210,6 @@ class Speculation:
                 counts.count(num_drafts, counted, num_tokens)
             self.lengths.count(request.request_id, num_drafts, num_accepted)
             verified[outcome.index] = Verified(request, num_drafts, num_accepted, row.start, outcome.nodes)
-            if not request.is_finished:
-                moves.add(request.block_ids, row.start + row.num_tokens - row.num_draft_tokens, outcome.nodes)
-        moves.launch()
         return verified
 
     def _add_hidden(
