@@ -45,7 +45,7 @@ HALF_TABLE = (
     Choice(rows=16, columns=4096, config=TileConfig(block_n=64, block_k=128, splits=4)),
     Choice(rows=16, columns=8192, config=TileConfig(block_n=64, block_k=256, stages=3)),
     Choice(rows=32, columns=4096, config=TileConfig(block_n=64, block_k=128, splits=2)),
-    Choice(rows=32, columns=65536, config=None),
+    Choice(rows=64, columns=65536, config=None),
     Choice(rows=64, columns=_ANY, config=TileConfig(block_n=128, block_k=64)),
     Choice(rows=_ANY, columns=_ANY, config=None),
 )
