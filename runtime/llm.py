@@ -37,7 +37,7 @@ from .policies import PolicyName
 from .sampler import derive_seed
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .speculative.build import check_config, make_proposer, open_draft_engine
+from .speculative.build import check_config, make_proposer, open_draft_engine, target_options
 from .speculative.config import SpeculativeConfig
 from .speculative.draft_model import full_group
 from .speculative.metrics import SpeculativeMetrics
@@ -123,12 +123,12 @@ class LLM:
         trace: str | Path | None = None,
         **compile_kwargs: Any,
     ) -> None:
-        self.engine = engine = _engine_of(model, compile_kwargs)
+        if speculative is not None and not isinstance(speculative, SpeculativeConfig):
+            raise ValueError(f"speculative is a {type(speculative).__name__}; allowed: SpeculativeConfig or None")
+        self.engine = engine = _engine_of(model, compile_kwargs, speculative)
         self.draft_engine: Engine | None = None
         """Of speculation by a draft model."""
         if speculative is not None:
-            if not isinstance(speculative, SpeculativeConfig):
-                raise ValueError(f"speculative is a {type(speculative).__name__}; allowed: SpeculativeConfig or None")
             check_config(speculative, engine)
             self.draft_engine = open_draft_engine(speculative, engine)
         engines = [engine] if self.draft_engine is None else [engine, self.draft_engine]
@@ -347,8 +347,10 @@ class LLM:
         return handles
 
 
-def _engine_of(model: Engine | str | Path | torch.nn.Module, compile_kwargs: dict[str, Any]) -> Engine:
-    """The engine that `model` is, names, or is compiled to."""
+def _engine_of(
+    model: Engine | str | Path | torch.nn.Module, compile_kwargs: dict[str, Any], speculative: SpeculativeConfig | None
+) -> Engine:
+    """The engine that `model` is, names, or is compiled to, then with what `speculative` needs."""
     saved = isinstance(model, (str, Path)) and (Path(model) / "manifest.json").is_file()
     is_engine = not isinstance(model, (str, Path, torch.nn.Module))
     if is_engine and not (hasattr(model, "step") and hasattr(model, "bind_cache")):
@@ -369,7 +371,8 @@ def _engine_of(model: Engine | str | Path | torch.nn.Module, compile_kwargs: dic
         return cast(Engine, load_engine(Path(cast(str, model))))
     import camshaft
 
-    return cast(Engine, camshaft.compile(model, **compile_kwargs))
+    options = {} if speculative is None else target_options(speculative)
+    return cast(Engine, camshaft.compile(model, **{**options, **compile_kwargs}))
 
 
 def _tokenizer_of(engine: Engine) -> Tokenizer | None:

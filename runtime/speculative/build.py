@@ -14,7 +14,7 @@ from .draft_model import DraftModelProposer, full_group
 from .draft_tree import TreeDraftProposer
 from .eagle import EagleProposer
 from .eagle_tree import TreeEagleProposer
-from .early_exit import EarlyExitProposer, check_exit
+from .early_exit import EarlyExitProposer, check_exit, exit_option
 from .heads import HEAD_INPUT, HeadsProposer
 from .ngram import NgramProposer
 from .proposer import Proposer, ProposerContext
@@ -38,16 +38,13 @@ _SAME_LIMITS = ("max_seq_len", "max_sequences", "max_batch_tokens", "block_size"
 
 
 def make_proposer(config: SpeculativeConfig, engine: Engine, draft_engine: Engine | None) -> Proposer:
-    """The proposer of a config; `draft_engine` has its KV cache bound. Raises ValueError for a method without one."""
+    """The proposer of a config; `draft_engine` has its KV cache bound. Raises ValueError for what it cannot draft, or not from this
+    engine."""
     context = ProposerContext(config=config, engine=engine, draft_engine=draft_engine)
     if config.proposer is not None:
         return config.proposer(context)
     if config.tree is not None and config.method in _PROPOSERS.keys() - _TREE_PROPOSERS.keys():
         raise ValueError(f"method {config.method!r} drafts chains and tree is {config.tree!r}; leave out the tree")
-    if config.method not in _PROPOSERS:
-        raise ValueError(
-            f"method {config.method!r} has no proposer for this engine; allowed: {', '.join(sorted(_PROPOSERS))}, custom"
-        )
     return (_PROPOSERS if config.tree is None else _TREE_PROPOSERS)[config.method](context)
 
 
@@ -67,6 +64,11 @@ def check_config(config: SpeculativeConfig, engine: Engine) -> None:
         raise ValueError(
             f"num_draft_tokens is {config.num_draft_tokens} and max_seq_len is {engine.max_seq_len}; draft fewer"
         )
+
+
+def target_options(config: SpeculativeConfig) -> dict[str, Any]:
+    """Options of `camshaft.compile` for a target that an LLM compiles itself. Raises ValueError for a config that lacks one."""
+    return {"early_exit": exit_option(config)} if config.method == "self" else {}
 
 
 def open_draft_engine(config: SpeculativeConfig, engine: Engine) -> Engine | None:

@@ -21,6 +21,8 @@ MAX_DRAFT_TOKENS = 32
 """Largest num_draft_tokens."""
 MAX_TREE_NODES = 48
 """Most drafts of a tree: a row's mask has 64 bits, and tokens to catch up on may come first."""
+MAX_EXIT_LAYER = 4096
+"""Largest exit_layer; the model's own limit is checked with it."""
 _NEEDS_MODEL = ("draft", "heads", "eagle")
 
 
@@ -34,7 +36,10 @@ class SpeculativeConfig:
     num_draft_tokens: int = 4
     """Most tokens drafted for a request in a step, 1 to 32; for a tree, its depth."""
     model: object | None = None
-    """draft: the smaller model, an engine or what `camshaft.LLM` takes as one. heads, eagle: the checkpoint's directory."""
+    """draft: the smaller model, an engine or what `camshaft.LLM` takes as one. heads, eagle: the checkpoint's directory. self: that
+    of a trained exit, where the LLM compiles the model and the exit is to have a norm of its own."""
+    exit_layer: int | None = None
+    """self: how many of the model's layers draft; None: as many as its engine was built with (`camshaft.compile`'s `early_exit`)."""
     tree: tuple[tuple[int, ...], ...] | None = None
     """Shape of a token tree, as paths of choices by rank: ((0,), (1,), (0, 0)) drafts the two likeliest tokens, and one after
     the first. None: chains."""
@@ -84,7 +89,11 @@ class SpeculativeConfig:
         if self.method in _NEEDS_MODEL and self.model is None:
             what = "a smaller engine or model" if self.method == "draft" else "the directory of its checkpoint"
             raise ValueError(f"method {self.method!r} needs model=, {what}")
-        if self.method not in _NEEDS_MODEL and self.model is not None:
+        if self.exit_layer is not None:
+            if self.method != "self":
+                raise ValueError(f"method {self.method!r} has no exit_layer; leave out exit_layer={self.exit_layer!r}")
+            _check_int("exit_layer", self.exit_layer, 1, MAX_EXIT_LAYER)
+        if self.method not in (*_NEEDS_MODEL, "self") and self.model is not None:
             raise ValueError(f"method {self.method!r} uses no model; leave out model={self.model!r}")
         if isinstance(self.model, Path):
             object.__setattr__(self, "model", str(self.model))

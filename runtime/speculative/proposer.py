@@ -78,6 +78,9 @@ class Drafts:
     """[S] whether a target's drafts were drawn from `logits`; all others are certain."""
     parents: Sequence[Sequence[int]] | None = None
     """[S][lengths[s]] node of each draft's parent, -1 for the last known token, ascending by depth; None: chains."""
+    hidden: torch.Tensor | None = None
+    """Of an early exit: [S, K, H] what `Engine.draft` gave for the last known token and each draft but the last, undefined behind
+    a length; verification goes on from there (`Batch.early`)."""
 
 
 @dataclass(slots=True)
