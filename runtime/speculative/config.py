@@ -39,7 +39,7 @@ class SpeculativeConfig:
     """draft: the smaller model, an engine or what `camshaft.LLM` takes as one. heads, eagle: the checkpoint's directory. self: that
     of a trained exit, where the LLM compiles the model and the exit is to have a norm of its own."""
     exit_layer: int | None = None
-    """self: how many of the model's layers draft; None: as many as its engine was built with (`camshaft.compile`'s `early_exit`)."""
+    """self: how many of the model's layers draft; None: as many as its engine was built with, see `camshaft.compile`."""
     tree: tuple[tuple[int, ...], ...] | None = None
     """Shape of a token tree, as paths of choices by rank: ((0,), (1,), (0, 0)) drafts the two likeliest tokens, and one after
     the first. None: chains."""

@@ -67,9 +67,9 @@ def test_llm_without_speculation():
         SamplingParams(speculative=1)
 
 
-def test_methods_without_a_proposer():
+def test_methods_that_an_engine_cannot_serve():
     engine = FakeEngine()
-    with pytest.raises(ValueError, match="method 'self' has no proposer for this engine; allowed: draft"):
+    with pytest.raises(ValueError, match="built without an early exit; compile it with early_exit=a number of layers"):
         LLM(engine, speculative=SpeculativeConfig(method="self"))
     with pytest.raises(ValueError, match="method 'ngram' drafts chains and tree is"):
         LLM(engine, speculative=SpeculativeConfig(method="ngram", adaptive=False, tree=((0,), (1,))))
