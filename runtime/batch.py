@@ -85,7 +85,8 @@ class Batch:
     tree_mask: torch.Tensor | None = None
     """[T] int64, None where no sequence verifies a token tree. 0: the row attends its context and, as usual, the rows before it.
     Otherwise bit j says whether it attends row j of its own sequence (itself included); the context in front of the sequence's
-    rows is always attended. Keys of a tree are at the slots of their rows, and `positions` are those of their depths."""
+    rows is always attended. Keys of a tree are at the slots of their rows, and `positions` are those of their depths: windows and
+    ALiBi measure the distance of these positions. Bits of later rows are not looked at."""
     early: EarlyRows | None = None
     """Rows that the layers in front of an early exit have computed, for an engine with one; None: the whole model computes all."""
     hidden: torch.Tensor | None = None
