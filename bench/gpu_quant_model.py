@@ -114,8 +114,9 @@ def step_ms(engine: Any, batch: Any) -> float:
         for _ in range(count):
             logits = engine.step(batch)
         _synchronize(engine)
+        seconds = (time.perf_counter() - begun) / count
         assert bool(torch.isfinite(logits[-1]).all()), "logits are not finite"
-        return (time.perf_counter() - begun) / count
+        return seconds
 
     run(_WARMUP)
     count = max(1, min(200, int(_STEP_BUDGET_S / 3 / run(1))))

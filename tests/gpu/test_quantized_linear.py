@@ -102,7 +102,11 @@ def test_weight_tile(text: str, config: WeightTileConfig) -> None:
         check(multiply_weight_tile(x, weight, bias, HALF, config), wanted, 4e-3)
 
 
-@pytest.mark.parametrize("text", [*WEIGHTS, "int4:g16", "int8:g32:zp"])
+@pytest.mark.parametrize(
+    "text",
+    ["int4", "int4:g128", "int4:g16", "int4:g32:zp", "int4:zp", "int8", "int8:zp", "int8:g32:zp", "fp8:tensor", "fp8:block128",
+     "nvfp4", "mxfp4", "mxfp8"],
+)  # fmt: skip
 def test_few_rows(text: str) -> None:
     """In float32: what the kernel computes is as good as float32 sums are."""
     format = LinearFormat.parse(f"{text}/none")
