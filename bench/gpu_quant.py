@@ -7,6 +7,8 @@ sweep      each product alone, in a CUDA graph, its weights in turn from several
 layers     the four products of a layer in one CUDA graph, by the tables, at 1 to 256 rows: ms, and against bf16
 prefill    the same at 4,096 rows: TFLOP/s
 
+After a sweep, layers are timed once more with the best configurations of it.
+
 Writes OUT/gpu-quant.json as sections end. The sweep stops at its share of --seconds and says what it left out. Tables for
 `export/kernels/quantized/tables.py` are printed last. A wrong or failing variant is an error of its line.
 """
@@ -18,7 +20,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -184,20 +186,52 @@ def measure(text: str, shape: str, weights: QuantWeights, rows: int, failed: dic
     return {"ms": ms, "errors": errors, "literals": literals, "floor_ms": 1e3 * least}
 
 
-def print_table(text: str, results: dict[str, Any]) -> None:
-    """The best of each line as Python; products of one line share the configuration with the least sum of times."""
-    print(f"# {text}")
+def best_lines(results: dict[str, Any]) -> Iterator[tuple[int, int | None, list[str], str]]:
+    """(rows, columns, products, variant): products of one line of a table share the variant with the least sum of times."""
     for rows in sorted({rows for shape in LAYER for rows in results.get(shape, {})}):
         for columns in dict.fromkeys(COLUMNS.values()):
             shapes = [s for s in LAYER if COLUMNS[s] == columns and rows in results.get(s, {})]
-            found = [results[s][rows] for s in shapes]
-            names = set.intersection(*(set(one["ms"]) for one in found)) if found else set()
-            if not names:
-                continue
-            best = min(names, key=lambda name: sum(one["ms"][name] for one in found))
-            config = found[0]["literals"][best]
-            total = sum(one["ms"][best] for one in found)
-            print(f"    Choice(rows={rows}, columns={columns or '_ANY'}, config={config}),  # {total:.4f} ms")
+            found = [results[s][rows]["ms"] for s in shapes]
+            names = set.intersection(*map(set, found)) if found else set()
+            if names:
+                yield rows, columns, shapes, min(names, key=lambda name: sum(one[name] for one in found))
+
+
+def print_table(text: str, results: dict[str, Any]) -> None:
+    """The best of each line as Python."""
+    print(f"# {text}")
+    for rows, columns, shapes, best in best_lines(results):
+        found = [results[s][rows] for s in shapes]
+        config, total = found[0]["literals"][best], sum(one["ms"][best] for one in found)
+        print(f"    Choice(rows={rows}, columns={columns or '_ANY'}, config={config}),  # {total:.4f} ms")
+
+
+def best_layers(text: str, results: dict[str, Any]) -> dict[int, float | str]:
+    """{rows: ms of the four products of a layer}, each with the best of its line, in one CUDA graph."""
+    chosen: dict[int, dict[str, str]] = {}
+    for rows, _, shapes, best in best_lines(results):
+        chosen.setdefault(rows, {}).update(dict.fromkeys(shapes, best))
+    weights = {shape: QuantWeights(text, *SHAPES[shape]) for shape in LAYER}
+    found: dict[int, float | str] = {}
+    for rows, names in chosen.items():
+        if len(names) < len(LAYER):
+            continue
+        calls: list[Callable[[], Tensor]] = []
+        for shape, one in weights.items():
+            config = {name_of(config): config for config in configs(one, rows)}[names[shape]]
+            product, x, weight = product_of(one, config), one.rows(rows), one.copies[0]
+            calls.append(lambda product=product, x=x, weight=weight: product(x, weight))  # type: ignore[misc]
+
+        def layer(calls: list[Callable[[], Tensor]] = calls) -> None:
+            for call in calls:
+                call()
+
+        try:
+            found[rows] = 1e3 * seconds([layer], 5e-5)
+        except Exception as error:  # a benchmark: recorded, and the next one is run
+            found[rows] = _said(error)
+        print(f"layer {text:20} T={rows:<5} by the best of the sweep: {found[rows]}", flush=True)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -299,6 +333,10 @@ def main() -> None:
             results[name] = section()
             results["seconds"][name] = round(time.perf_counter() - started, 1)
             (args.out / "gpu-quant.json").write_text(json.dumps(results, indent=1, default=str))
+        for text in formats:
+            if f"sweep {text}" in results:
+                results[f"best layers {text}"] = best_layers(text, results[f"sweep {text}"])
+    (args.out / "gpu-quant.json").write_text(json.dumps(results, indent=1, default=str))
     for text in formats:
         if f"sweep {text}" in results:
             print_table(text, results[f"sweep {text}"])
