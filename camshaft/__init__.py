@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import compile, load, trace
+    from .api import calibrate, compile, load, trace
     from .export.engine import Engine
     from .export.whole import Export, export_model
     from .passes.quantization.recipe import Recipe
     from .runtime import LLM, RequestOutput, SamplingParams, SpeculativeConfig
 
 _HOME = {
+    "calibrate": ".api",
     "compile": ".api",
     "load": ".api",
     "trace": ".api",
@@ -37,6 +38,7 @@ __all__ = [
     "SamplingParams",
     "SpeculativeConfig",
     "__version__",
+    "calibrate",
     "compile",
     "export_model",
     "load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .passes.quantization.calibration import CalibrationData
     from .passes.quantization.recipe import Recipe
 
-    Calibration = str | Sequence[str] | Sequence[Sequence[int]] | CalibrationData | None
+    Calibration = str | Path | Sequence[str] | Sequence[Sequence[int]] | CalibrationData | None
 
 
 def compile(
@@ -68,8 +69,8 @@ def compile(
         quantize: a recipe for linear layers, by name ("fp8", "int8", "int4_awq", "nvfp4" ...) or as a `camshaft.Recipe`; None: as
             the weights are. See docs/quantization.md.
         group: another length of the recipe's groups along K.
-        calibration: for recipes that need data, and an int8 KV cache: texts, rows of token ids, or `CalibrationData`; None: for
-            "demo" its own text.
+        calibration: for recipes that need data, and an int8 KV cache: texts, rows of token ids, `CalibrationData`, or the path of
+            a text or of statistics that `calibrate` wrote; None: for "demo" its own text.
         kv_cache_dtype: what keys and values are stored as: "auto", the compute dtype, "fp8", float8_e4m3fn, or "int8", with scales
             that are found on `calibration`.
         batch_invariant: a token's logits do not depend, to the last bit, on what else is in its step; CUDA only, slower.
@@ -152,12 +153,67 @@ def calibration_reader(
         from .models import demo
 
         calibration = demo.calibration_path().read_text(encoding="utf-8")
+    if isinstance(calibration, Path):
+        if calibration.suffix == ".safetensors":
+            from .export.calibrate import read_statistics
+
+            return functools.partial(read_statistics, calibration)
+        calibration = calibration.read_text(encoding="utf-8")
     given = [calibration] if isinstance(calibration, str) else calibration
 
     def read(source: ModelSource) -> CalibrationData:
         return _token_rows(given, source)
 
     return read
+
+
+def calibrate(
+    model: Any,
+    path: str | Path,
+    calibration: Calibration = None,
+    *,
+    moments: bool = True,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: bool | None = None,
+) -> int:
+    """Writes what a model's linear layers see on calibration text to a file, which `compile` takes as `calibration`.
+
+    Args:
+        model: as in `compile`.
+        path: of the file, `NAME.safetensors`.
+        calibration: texts, rows of token ids, or `CalibrationData`; None: for "demo" its own text.
+        moments: with the second moments of the inputs, which AWQ and GPTQ need: most of the file.
+        device, dtype, progress: as in `compile`.
+
+    Returns:
+        How many tokens it ran.
+
+    Raises:
+        ValueError: a model or text that does not fit, or a file of another name.
+    """
+    from .export.calibrate import write_statistics
+    from .models import demo
+
+    to = Path(path)
+    if to.suffix != ".safetensors":
+        raise ValueError(f"statistics go to a file NAME.safetensors, not {to.name!r}")
+    if calibration is None and model == "demo":
+        calibration = demo.calibration_path()
+    if calibration is None:
+        raise ValueError("calibration is missing; give texts or rows of token ids, of the kind that the model will see")
+    read = calibration_reader(model, None, calibration)
+    assert read is not None
+    with progress_bar(progress) as report:
+        return write_statistics(
+            demo.path() if model == "demo" else model,
+            to,
+            read,
+            moments=moments,
+            device=device,
+            dtype=dtype,
+            progress=report,
+        )
 
 
 def _token_rows(given: Any, source: ModelSource) -> CalibrationData:

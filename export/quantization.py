@@ -13,6 +13,7 @@ from ..passes.quantization.algorithm import LayerQuantizer
 from ..passes.quantization.calibration import CalibrationData
 from ..passes.quantization.plan import FP8_ROWS
 from ..passes.quantization.recipe import RECIPES, Recipe
+from ..passes.quantization.statistics import SavedStatistics
 from ..passes.quantization.support import KernelSupport
 from ..passes.quantize_linear import needs_calibration
 from ..passes.scale_kv_cache import needs_calibration as cache_needs_calibration
@@ -20,8 +21,9 @@ from .timer import Progress
 
 RecipeData = str | dict[str, Any] | None
 """A recipe in a manifest: its name, its fields where it has none (`Recipe.to_json`), or None."""
-ReadCalibration = Callable[[ModelSource], CalibrationData]
-"""Makes token ids of what calibration was given, with the model's tokenizer."""
+Calibrated = CalibrationData | SavedStatistics
+ReadCalibration = Callable[[ModelSource], Calibrated]
+"""Makes token ids of what calibration was given, with the model's tokenizer, or reads the statistics of such ids."""
 
 _CPU_WEIGHTS = ("int4", "int8")
 _CPU_ACTIVATIONS = ("none", "int8", "int8_static")
@@ -76,7 +78,7 @@ def is_calibrated(recipe: Recipe | None, kv_cache_dtype: str) -> bool:
 
 def read_calibration(
     recipe: Recipe | None, read: ReadCalibration | None, source: ModelSource, kv_cache_dtype: str = "auto"
-) -> CalibrationData | None:
+) -> Calibrated | None:
     """The data of a build that is calibrated. Raises ValueError where it is missing, or given for nothing."""
     if not is_calibrated(recipe, kv_cache_dtype):
         if read is not None and kv_cache_dtype == "fp8":  # keys are stored without their mean
@@ -95,9 +97,9 @@ def read_calibration(
 
 
 def quantizer_of(
-    data: CalibrationData | None, device: torch.device, progress: Progress | None = None
+    data: Calibrated | None, device: torch.device, progress: Progress | None = None
 ) -> LayerQuantizer | None:
-    """What quantizes by calibration data, on the device of the build where it is here; None without data."""
+    """What quantizes by calibration data or statistics, on the device of the build where it is here; None without either."""
     if data is None:
         return None
     from ..passes.quantization.calibrator import Calibrator
@@ -110,6 +112,8 @@ def quantizer_of(
         def told(done: int, total: int, name: str) -> None:
             report(f"calibrating {name}", done, total)
 
+    if isinstance(data, SavedStatistics):
+        return Calibrator(None, here, data.layers, progress=told)
     return Calibrator(data, here, progress=told)
 
 

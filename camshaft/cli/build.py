@@ -149,7 +149,7 @@ def _saved(engine: Engine, path: Path) -> Engine:
     return Engine(manifest, engine.plan, engine.weights, path / "engines", None)
 
 
-def verify_engine(engine: Engine, model: str, calibration: str | None = None) -> EngineCheck:
+def verify_engine(engine: Engine, model: str, calibration: str | Path | None = None) -> EngineCheck:
     """The engine beside the model's captured program, quantized as the engine is, run by eager on the CPU."""
     import torch
 

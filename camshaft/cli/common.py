@@ -95,8 +95,8 @@ CalibrationOption = Annotated[
         "--calibration",
         metavar="FILE",
         rich_help_panel=_BUILD,
-        help="Text to calibrate a recipe with, of the kind that the model will see; documents are separated by form feeds. The "
-        "demo model has its own.",
+        help="Text to calibrate a recipe or an int8 KV cache with, of the kind that the model will see; documents are separated by "
+        "form feeds. Or statistics that `camshaft calibrate` wrote. The demo model has its own text.",
         show_default=False,
     ),
 ]
@@ -298,8 +298,14 @@ def quantize_options(quantize: str | None, group: int | None, calibration: Path 
             recipe = Recipe.from_json(json.loads(read_text(Path(quantize), "--quantize")))
         except json.JSONDecodeError as error:
             raise ValueError(f"--quantize {quantize} is not JSON ({error})") from error
-    text = None if calibration is None else read_text(calibration, "--calibration")
-    return {"quantize": recipe, "group": group, "calibration": text}
+    return {"quantize": recipe, "group": group, "calibration": read_calibration_file(calibration)}
+
+
+def read_calibration_file(path: Path | None) -> str | Path | None:
+    """The text of --calibration, or the path where it is a file of statistics. Raises ValueError for one that cannot be read."""
+    if path is None or path.suffix == ".safetensors":
+        return path
+    return read_text(path, "--calibration")
 
 
 def read_text(path: Path, option: str) -> str:

@@ -23,6 +23,7 @@ from .common import (
     err,
     open_engine,
     output,
+    read_calibration_file,
     read_text,
     table,
 )
@@ -137,7 +138,7 @@ def evaluate(
             _check_engine_alone(model, {"--recipes": recipes, "--group": group, "--calibration": calibration})
             variants = [Variant(name=Path(model).name, options={})]
         else:
-            data = None if calibration is None else read_text(calibration, "--calibration")
+            data = read_calibration_file(calibration)
             names = list(DEFAULT) if recipes is None else [name.strip() for name in recipes.split(",")]
             variants = parse_variants(names, group=group, calibration=data, has_calibration=model == "demo")
         with Comparison(

@@ -31,7 +31,7 @@ from .channels import Heads, value_heads
 from .gptq import corrected, gptq
 from .recipe import Recipe
 from .smoothquant import smoothing_scale
-from .statistics import InputStatistics, static_scale
+from .statistics import InputStatistics, SavedStatistics, static_scale
 
 _LIMITS = {"fp8_static": 448.0, "int8_static": 127.0}
 _MOMENT_ALGORITHMS = ("awq", "gptq")
@@ -41,25 +41,32 @@ _MOMENT_ALGORITHMS = ("awq", "gptq")
 class Calibrator:
     """A `LayerQuantizer` on calibration data.
 
-    data: the tokens. device: where the model is run, one weight at a time. statistics: of layers by the keys of their weights;
-    where they are enough for a recipe, nothing is run. chunk_tokens: tokens that are run at a time. progress: called before each
-    group of layers with (done, all, name).
+    data: the tokens; None: there are saved statistics alone. device: where the model is run, one weight at a time. statistics: of
+    layers by the keys of their weights; where they are enough for a recipe, nothing is run. chunk_tokens: tokens that are run at a
+    time. progress: called before each group of layers with (done, all, name).
     """
 
-    data: CalibrationData
+    data: CalibrationData | None
     device: torch.device
     statistics: Mapping[str, InputStatistics] | None = None
     chunk_tokens: int = 4096
     progress: ProgressCallback | None = None
 
+    @property
+    def tokens(self) -> CalibrationData:
+        """The data. Raises ValueError where there are saved statistics alone."""
+        if self.data is None:
+            raise ValueError(
+                "saved calibration statistics are not enough for this build: AWQ and GPTQ need second moments (save them with "
+                "moments), mixed precision and KV caches the text itself; give calibration text"
+            )
+        return self.data
+
     def digest(self) -> str:
         """Hex digits that change with the data and the statistics."""
-        state = hashlib.sha256(self.data.digest().encode())
-        for name, found in sorted((self.statistics or {}).items()):
-            state.update(f"{name} {found.num_tokens}".encode())
-            for tensor in (found.amax, found.mean_abs, found.moment):
-                state.update(b"-" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
-        return state.hexdigest()[:16]
+        data = "" if self.data is None else self.data.digest()
+        statistics = SavedStatistics(self.statistics or {}).digest()
+        return hashlib.sha256(f"{data} {statistics}".encode()).hexdigest()[:16]
 
     def assign(
         self, program: Program, plan: Mapping[fx.Node, LayerPlan], recipe: Recipe
@@ -85,9 +92,9 @@ class Calibrator:
         return self.run(program).values_of(nodes)
 
     def run(self, program: Program) -> CalibrationRun:
-        """A new run over the data."""
+        """A new run over the data. Raises ValueError where there are saved statistics alone."""
         return CalibrationRun(
-            program, self.data, device=self.device, chunk_tokens=self.chunk_tokens, progress=self.progress
+            program, self.tokens, device=self.device, chunk_tokens=self.chunk_tokens, progress=self.progress
         )
 
     def quantize(self, program: Program, plan: Mapping[fx.Node, LayerPlan]) -> Mapping[fx.Node, QuantizedLayer]:
@@ -105,8 +112,7 @@ class Calibrator:
             weights = {layer: inputs.weight(layer) for layer in inputs.layers}
             moment = any(p.recipe.algorithm in _MOMENT_ALGORITHMS for p in plans.values())
             statistics = InputStatistics.of(inputs.chunks(), moment=moment)
-            chunks, originals = inputs.chunks, None if beside is None else beside.chunks
-            made = quantize_group(plans, weights, statistics, chunks, value_heads(inputs.x), originals)
+            made = quantize_group(plans, weights, statistics, inputs, value_heads(inputs.x), beside)
             for layer, quantized in made.items():
                 use_layer(inputs, layer, quantized)
                 found[layer] = copies.of(quantized)
@@ -134,14 +140,14 @@ def quantize_group(
     plans: Mapping[fx.Node, LayerPlan],
     weights: Mapping[fx.Node, Tensor],
     statistics: InputStatistics,
-    chunks: Callable[[], Iterator[Tensor]] | None,
+    inputs: LayerInput | None,
     heads: Heads | None = None,
-    originals: Callable[[], Iterator[Tensor]] | None = None,
+    original: LayerInput | None = None,
 ) -> dict[fx.Node, QuantizedLayer]:
     """Quantizes the layers that read one x.
 
-    statistics: of x. chunks: x itself [T, K], once per call; None: the moments of rounded inputs are taken for those of x. heads:
-    where x is attention's output, see `channels`. originals: x of the unquantized model, in the same pieces. Raises ValueError.
+    statistics: of x. inputs: x itself; None: the moments of rounded inputs are taken for those of x. heads: where x is attention's
+    output, see `channels`. original: x in the unquantized model, in the same pieces. Raises ValueError.
     """
     made: dict[fx.Node, QuantizedLayer] = {}
     sets: dict[tuple[str, LinearFormat], list[fx.Node]] = {}
@@ -155,10 +161,10 @@ def quantize_group(
         moment = cross = None
         if recipe.algorithm in _MOMENT_ALGORITHMS:
             moment = scaled.require_moment(plans[layers[0]].weight)
-            if chunks is not None and format.activations != "none":
-                moment = _rounded_moment(chunks(), factor, format, scaled)
-            if chunks is not None and originals is not None and recipe.algorithm == "gptq" and recipe.gptq_correct:
-                cross = _cross_moment(originals(), _rounded(chunks(), factor, format, scaled))
+            if inputs is not None and format.activations != "none":
+                moment = _rounded_moment(inputs.chunks(), factor, format, scaled)
+            if inputs is not None and original is not None and recipe.algorithm == "gptq" and recipe.gptq_correct:
+                cross = _cross_moment(original.chunks(), _rounded(inputs.chunks(), factor, format, scaled))
         x_scale = (
             static_scale(scaled, _LIMITS[format.activations]) if format.activations in STATIC_ACTIVATIONS else None
         )

@@ -61,7 +61,7 @@ def measure(
 ) -> dict[fx.Node, list[Choice]]:
     """The error of every layer in every format that its groups allow, and as it is (0), from one run of the unquantized model."""
     found: dict[fx.Node, list[Choice]] = {}
-    sample = replace(calibrator, data=_first(calibrator.data, SAMPLE_TOKENS))
+    sample = replace(calibrator, data=_first(calibrator.tokens, SAMPLE_TOKENS))
     for inputs in sample.run(program).inputs_of(list(plan)):
         x = torch.cat(list(inputs.chunks()))
         for layer in inputs.layers:
@@ -149,7 +149,7 @@ class _Divergence:
 
     def __init__(self, calibrator: Calibrator, program: Program) -> None:
         self._calibrator = calibrator
-        self._sample = replace(calibrator, data=_first(calibrator.data, KL_TOKENS))
+        self._sample = replace(calibrator, data=_first(calibrator.tokens, KL_TOKENS))
         self._program = program
         self._reference = [log_probs.cpu() for log_probs in self._log_probs({})]
 

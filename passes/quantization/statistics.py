@@ -9,6 +9,7 @@ The file's metadata say which model and tokens they are of; a file of others is 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,22 @@ class InputStatistics:
 def static_scale(statistics: InputStatistics, limit: float) -> Tensor:
     """The static scale [] (float32) of a layer's input: its max-abs over `limit` (448 for fp8, 127 for int8)."""
     return (statistics.amax.amax() / limit).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@dataclass(frozen=True)
+class SavedStatistics:
+    """What a file of statistics holds: of layers by the keys of their weights. It stands in for calibration data."""
+
+    layers: Mapping[str, InputStatistics]
+
+    def digest(self) -> str:
+        """16 hex digits that change with any number."""
+        state = hashlib.sha256()
+        for name, found in sorted(self.layers.items()):
+            state.update(f"{name} {found.num_tokens}".encode())
+            for tensor in (found.amax, found.mean_abs, found.moment):
+                state.update(b"-" if tensor is None else tensor.cpu().contiguous().numpy().tobytes())
+        return state.hexdigest()[:16]
 
 
 def save_statistics(

@@ -48,7 +48,11 @@ class Variant:
 
 
 def parse_variants(
-    names: Sequence[str], *, group: int | None = None, calibration: str | None = None, has_calibration: bool = False
+    names: Sequence[str],
+    *,
+    group: int | None = None,
+    calibration: str | Path | None = None,
+    has_calibration: bool = False,
 ) -> list[Variant]:
     """Variants by name: "none", a recipe's name, or its JSON file; "+kv_fp8" behind one: keys and values in that dtype.
 
@@ -77,7 +81,7 @@ def _recipe(quantize: str | Recipe | None) -> Recipe | None:
     return RECIPES[quantize] if isinstance(quantize, str) else quantize
 
 
-def _variant(name: str, group: int | None, calibration: str | None) -> Variant:
+def _variant(name: str, group: int | None, calibration: str | Path | None) -> Variant:
     from ...export.manifest import CACHE_DTYPES
 
     base, *parts = name.split("+")
@@ -92,10 +96,12 @@ def _variant(name: str, group: int | None, calibration: str | None) -> Variant:
         options["kv_cache_dtype"] = dtype
     if base != PLAIN:
         options |= _recipe_options(base, group, calibration)
+    if calibration is not None and "kv_cache_dtype" in options:
+        options["calibration"] = calibration
     return Variant(name=name, options=options)
 
 
-def _recipe_options(name: str, group: int | None, calibration: str | None) -> dict[str, Any]:
+def _recipe_options(name: str, group: int | None, calibration: str | Path | None) -> dict[str, Any]:
     from ...passes.quantization.recipe import RECIPES, Recipe
 
     if name.endswith(".json"):
