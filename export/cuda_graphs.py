@@ -39,6 +39,7 @@ from .buckets import (
     verify_shape,
 )
 from .executor import StepContext
+from .kernels.dispatch import compiling
 from .kernels.errors import and_kernel_errors, reason_of
 from .step_outputs import GraphPool, StepOutputs
 
@@ -136,7 +137,9 @@ class StepGraphs:
         """Captures the largest step and decode steps, the largest first: the others find room in its memory."""
         largest = StepShape(self._mixed_sizes[-1], self._row_sizes[-1], self._row_sizes[-1], False)
         sizes = [size for size in self.decode_sizes if size & (size - 1) == 0 or size == self.decode_sizes[-1]]
-        for shape in (largest, *(_decode(size) for size in reversed(sizes))):
+        shapes = (largest, *(_decode(size) for size in reversed(sizes)))
+        self._compile(shapes)
+        for shape in shapes:
             self._capture(shape)
         torch.cuda.synchronize(self._device)
         logger.info(
@@ -228,6 +231,20 @@ class StepGraphs:
         self.num_bytes += max(0, before - torch.cuda.mem_get_info(self._device)[0])
         self.seconds += time.perf_counter() - start
         return True
+
+    @torch.inference_mode()
+    def _compile(self, shapes: Sequence[StepShape]) -> None:
+        """Compiles the attention kernels of steps, several at once; what fails here fails in its capture, and is said there."""
+        start = time.perf_counter()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            with compiling(self._device), torch.cuda.stream(self._stream):
+                for shape in shapes:
+                    self._launch(*self._inputs(shape))
+        except and_kernel_errors(RuntimeError) as error:
+            logger.debug("steps are compiled one by one: %s", reason_of(error))
+        self._stream.synchronize()
+        self.seconds += time.perf_counter() - start
 
     @torch.inference_mode()
     def _record(self, shape: StepShape, graph: torch.cuda.CUDAGraph) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -85,6 +86,18 @@ def paged_attention(
         softcap=softcap, sinks=sinks, alibi_slopes=alibi_slopes, max_query_len=max_query_len, max_seq_len=max_seq_len,
         tree_mask=tree_mask,
     )  # fmt: skip
+
+
+def compiling(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, attention on CUDA compiles its kernels on several threads and computes nothing; at the end all are compiled.
+
+    Elsewhere nothing changes.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    from . import triton
+
+    return triton.compiling()
 
 
 def describe() -> dict[str, Any]:

@@ -9,10 +9,12 @@ prefill_fresh such sequences without cached tokens, from the step's own rows; pr
 softmax       the inner loop that both share
 tree          the masks of token trees
 copy_slots    keys and values from slot to slot, in all layers
+launch        launches, or compiles for launches to come
 configs       tile sizes: the tables to edit after a measurement
 """
 
 from .attention import paged_attention
 from .copy_slots import copy_slots, slot_table
+from .launch import compiling
 
-__all__ = ["copy_slots", "paged_attention", "slot_table"]
+__all__ = ["compiling", "copy_slots", "paged_attention", "slot_table"]

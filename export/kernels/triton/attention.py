@@ -28,6 +28,7 @@ from ..rope import Rope
 from ..state import AttentionState
 from .configs import DecodeConfig, PrefillConfig, decode_config, num_splits, prefill_config
 from .decode import decode_kernel, join_kernel
+from .launch import launch
 from .prefill import prefill_kernel
 from .prefill_config import FEWEST_ROWS, Fresh, FreshConfig, fresh_config, why_not_fresh
 from .prefill_fresh import prefill_fresh_kernel
@@ -245,7 +246,8 @@ def _write(call: _Call, *, keep_keys: bool) -> _Call:
     turns, contiguous = call.rope is not None, torch.contiguous_format
     q_turned = torch.empty_like(q, memory_format=contiguous) if turns else None
     k_turned = torch.empty_like(k, memory_format=contiguous) if turns and keep_keys else None
-    write_kernel[(num_tokens,)](
+    launch(
+        write_kernel, (num_tokens,),
         q, k, v, *call.angles, q_turned, k_turned, k_cache, v_cache, call.out, call.slot_mapping, call.query_start, call.num_seqs,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *call.angle_strides, *k_cache.stride()[:3],
         *v_cache.stride()[:3], BLOCK_SIZE=k_cache.shape[1], H=q.shape[1], KV=num_kv_heads, D=head_dim, DV=v.shape[2],
@@ -273,17 +275,15 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         arrived = state.counters(num_seqs * kv, device) if last else None
     # a multiple of the step, so that pieces end where steps do
     min_span = -(-config.min_span // config.block_n) * config.block_n
-    launch: dict[str, Any] = {"launch_pdl": True} if config.pdl else {}
     registers: dict[str, Any] = {"maxnreg": config.max_registers} if config.max_registers else {}
-    split_options = {
-        "SPLITS": splits, "MIN_SPAN": min_span, "BLOCK_G": _power_of_two(group), "PDL": config.pdl, **launch
-    }  # fmt: skip
+    split_options = {"SPLITS": splits, "MIN_SPAN": min_span, "BLOCK_G": _power_of_two(group)}
     positions = max(num_seqs, call.q.shape[0]) if write else num_seqs
     block_m = max(8 if config.transposed else 16, _power_of_two(group))
     num_warps = (
         config.num_warps if block_m <= 16 else max(config.num_warps, min(8, block_m // 8))
     )  # room for more heads
-    decode_kernel[(kv * splits * positions,)](
+    launch(
+        decode_kernel, (kv * splits * positions,),
         call.q, call.k, call.v, *call.angles, call.k_cache, call.v_cache, call.out, part_acc, part_top, part_total, arrived,
         call.slot_mapping, call.block_tables, call.query_start, call.seq_lens, call.sinks, call.alibi_slopes,
         num_seqs, call.q.shape[0], *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
@@ -295,7 +295,8 @@ def _decode(call: _Call, config: DecodeConfig, max_seq_len: int, state: Attentio
         VC_BLOCK=call.v_cache.stride(0) if config.transposed else 0, **split_options, **registers,
     )  # fmt: skip
     if splits > 1 and not last:
-        join_kernel[(kv, num_seqs)](
+        launch(
+            join_kernel, (kv, num_seqs),
             part_acc, part_top, part_total, call.out, call.query_start, call.seq_lens, WINDOW=call.window, KV=kv,
             GROUP=group, DV=call.v.shape[2], BLOCK_DV=call.padded_dims[1], BLOCK_N=config.block_n, **split_options,
         )  # fmt: skip
@@ -310,7 +311,8 @@ def _prefill(
     block_m = max(block_m, 16, _power_of_two(call.group))
     tiles, bound = _tiles(call, state, kind, 1 if max_query_len is None else 2, block_m // call.group)
     programs = config.programs_per_processor * num_processors(call.q.device)
-    prefill_kernel[(min(bound * call.num_kv_heads, programs),)](
+    launch(
+        prefill_kernel, (min(bound * call.num_kv_heads, programs),),
         call.q, call.k_cache, call.v_cache, call.out, tiles, call.block_tables, call.query_start, call.seq_lens,
         call.sinks, call.alibi_slopes, call.tree_mask, *call.q.stride()[:2], *call.k_cache.stride()[:3],
         *call.v_cache.stride()[:3], call.block_tables.stride(0), call.scale / call.q_scale(), call.softcap,
@@ -329,7 +331,8 @@ def _prefill_fresh(call: _Call, config: FreshConfig, state: AttentionState) -> N
     v_blocks = TensorDescriptor(v, [num_tokens, kv * v.shape[2]], [v.stride(0), 1], [block_n, v.shape[2]])
     programs = config.programs_per_processor * num_processors(q.device)
     registers: dict[str, Any] = {"maxnreg": config.max_registers} if config.max_registers else {}
-    prefill_fresh_kernel[(min(bound * kv, programs),)](
+    launch(
+        prefill_fresh_kernel, (min(bound * kv, programs),),
         q, k, v, k_blocks, v_blocks, call.out, tiles, call.query_start, call.sinks, call.alibi_slopes, *q.stride()[:2],
         k.stride(0), v.stride(0), call.scale, call.softcap, WINDOW=call.window, SOFTCAP=call.softcap > 0,
         SINKS=call.sinks is not None, ALIBI=call.alibi_slopes is not None, KV=kv, GROUP=call.group, D=dim,
@@ -346,7 +349,8 @@ def _tiles(call: _Call, state: AttentionState, kind: int, min_rows: int, block_q
     tiles = state.tiles.get((kind, min_rows, block_q))
     if tiles is None:
         tiles = torch.empty((1 + bound, 2), dtype=torch.int32, device=call.q.device)
-        tiles_kernel[(triton.cdiv(bound, 32),)](
+        launch(
+            tiles_kernel, (triton.cdiv(bound, 32),),
             call.query_start, call.seq_lens, tiles, call.num_seqs, bound, KIND=kind, MIN_ROWS=min_rows, BLOCK_Q=block_q,
             BLOCK_S=256, BLOCK_T=32,
         )  # fmt: skip

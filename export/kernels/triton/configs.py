@@ -27,8 +27,6 @@ class DecodeConfig:
     programs_per_processor: int = 8
     """Up to this many programs a streaming multiprocessor, keys are split."""
     join: Join = "last"
-    pdl: bool = False
-    """Programmatic dependent launch: the kernel's start overlaps the end of the one before it (compute capability 9.0 on)."""
     transposed: bool = False
     """Keys are the rows of both products, and G query heads are padded to 8 columns rather than to 16 rows (transposed.py)."""
     max_registers: int | None = None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .rotate import load_turned
 from .softmax import LOG2E, attend_keys, exponent_scale, saturate, shape_scores
@@ -29,15 +28,13 @@ def decode_kernel(
     KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SAME_STRIDES: tl.constexpr,
     WRITE: tl.constexpr, SPLITS: tl.constexpr, MIN_SPAN: tl.constexpr, JOIN: tl.constexpr, BLOCK_G: tl.constexpr,
-    NUM_STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr,
+    NUM_STAGES: tl.constexpr, ASM: tl.constexpr, TRANSPOSED: tl.constexpr, PAIRS: tl.constexpr,
     KC_BLOCK: tl.constexpr, VC_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # WRITE: all sequences have one row at most; the new keys and values are stored here, and padding rows zeroed.
     # ROTATED: q and k are turned as they are loaded, by the angles cos, sin [T, ROTATED] of their row.
     # TRANSPOSED, PAIRS, KC_BLOCK (= kc_block), VC_BLOCK: the other way to attend to keys, see transposed.py.
     # JOIN: the program of a (sequence, kv head) that ends last adds the splits up; `arrived` [S, KV] is 0 before and after.
-    if PDL:
-        gdc_wait()
     kv = tl.program_id(0) % KV  # the heads of a KV block run side by side: they share its memory pages
     split = tl.program_id(0) // KV % SPLITS
     seq = tl.program_id(0) // (KV * SPLITS)
@@ -187,11 +184,9 @@ def _join(
 def join_kernel(
     part_acc, part_top, part_total, out, query_start, seq_lens,
     WINDOW: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPAN: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, MIN_SPAN: tl.constexpr,
 ):  # fmt: skip
     # The second kernel where splits are not joined by the program that ends last; grid (KV, S).
-    if PDL:
-        gdc_wait()
     kv, seq = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_start + seq)
     if tl.load(query_start + seq + 1) != row + 1:
