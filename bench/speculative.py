@@ -80,7 +80,13 @@ def run(engine: Any, config: SpeculativeConfig | None, prompts: list[list[int]],
         return {"tokens": [o.token_ids for o in outputs], "seconds": time.perf_counter() - start, "stats": llm.stats()}
 
 
-def agreement(engine: Any, configs: dict[str, SpeculativeConfig], prompts: list[list[int]]) -> dict[str, Any]:
+Engines = dict[str, Any]
+"""Engines of methods that need one of their own, by name; all others run on the plain engine."""
+
+
+def agreement(
+    engine: Any, configs: dict[str, SpeculativeConfig], prompts: list[list[int]], engines: Engines | None = None
+) -> dict[str, Any]:
     """Greedy outputs of prompts of all lengths, equal to plain decoding or not."""
     rng = random.Random(1)
     prompts = [prompt[: rng.randrange(4, 100)] for prompt in prompts]
@@ -88,7 +94,7 @@ def agreement(engine: Any, configs: dict[str, SpeculativeConfig], prompts: list[
     plain = run(engine, None, prompts, params)["tokens"]
     found: dict[str, Any] = {"prompts": len(prompts)}
     for name, config in configs.items():
-        result = run(engine, config, prompts, params)
+        result = run((engines or {}).get(name, engine), config, prompts, params)
         found[name] = {
             "equal": sum(a == b for a, b in zip(plain, result["tokens"])),
             "mean_accepted_length": result["stats"].speculative.mean_accepted_length,
@@ -96,7 +102,9 @@ def agreement(engine: Any, configs: dict[str, SpeculativeConfig], prompts: list[
     return found
 
 
-def accepted_lengths(engine: Any, configs: dict[str, SpeculativeConfig], tokenizer: Any) -> dict[str, Any]:
+def accepted_lengths(
+    engine: Any, configs: dict[str, SpeculativeConfig], tokenizer: Any, engines: Engines | None = None
+) -> dict[str, Any]:
     """Mean accepted length and acceptance by position, greedy and sampled."""
     texts = {"held-out text": held_out(48, tokenizer, 200), "repetitive code": code(tokenizer)}
     found: dict[str, Any] = {}
@@ -104,7 +112,8 @@ def accepted_lengths(engine: Any, configs: dict[str, SpeculativeConfig], tokeniz
         for temperature in (0.0, 0.7):
             for name, config in configs.items():
                 params = SamplingParams(temperature=temperature, max_tokens=96, seed=1, ignore_eos=True)
-                metrics = run(engine, config, prompts, params)["stats"].speculative
+                one = (engines or {}).get(name, engine)
+                metrics = run(one, config, prompts, params)["stats"].speculative
                 found[f"{text}, temperature {temperature}, {name}"] = {
                     "mean_accepted_length": metrics.mean_accepted_length,
                     "acceptance_per_position": metrics.acceptance_per_position,
@@ -119,6 +128,7 @@ def speeds(
     texts: dict[str, list[list[int]]],
     batches: list[int],
     repeats: int,
+    engines: Engines | None = None,
 ) -> list[dict[str, Any]]:
     """Output tokens per second, methods in turns within each repeat, each after a first run of other prompts."""
     rows = []
@@ -127,7 +137,8 @@ def speeds(
             times: dict[str, list[float]] = {name: [] for name in configs}
             for _ in range(repeats):
                 for name, config in configs.items():
-                    with LLM(engine, speculative=config, kv_cache_bytes=1 << 28, enable_prefix_cache=False) as llm:
+                    one = (engines or {}).get(name, engine)
+                    with LLM(one, speculative=config, kv_cache_bytes=1 << 28, enable_prefix_cache=False) as llm:
                         _generate(llm, prompts[-batch:], batch)
                         times[name].append(_generate(llm, prompts[: max(batch, 4)], batch))
             plain = statistics.median(times["plain"])
@@ -185,20 +196,25 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     engine = camshaft.compile("demo", target=args.target, **LIMITS)
     draft = camshaft.compile(str(demo.draft_path()), target=args.target, **LIMITS)
+    hidden = camshaft.compile("demo", target=args.target, hidden_layers=(2, 5, 8, -1), **LIMITS)
     from camshaft.runtime import Tokenizer
 
     tokenizer = Tokenizer.from_dir(demo.path())
     fixed = {
         "ngram": SpeculativeConfig(method="ngram", adaptive=False),
         "draft": SpeculativeConfig(method="draft", model=draft, adaptive=False),
+        "heads": SpeculativeConfig(method="heads", model=str(demo.heads_path()), adaptive=False),
+        "eagle": SpeculativeConfig(method="eagle", model=str(demo.eagle_path()), adaptive=False),
     }
     timed: dict[str, SpeculativeConfig | None] = {
         "plain": None,
         "ngram, adaptive": SpeculativeConfig(method="ngram"),
         "draft, adaptive": SpeculativeConfig(method="draft", model=draft),
+        "eagle, adaptive": SpeculativeConfig(method="eagle", model=str(demo.eagle_path())),
         **{f"{name}, 4 tokens": config for name, config in fixed.items()},
         "ngram, 8 tokens": SpeculativeConfig(method="ngram", num_draft_tokens=8, adaptive=False),
     }
+    engines = {name: hidden for name in (*fixed, *timed) if name.startswith(("heads", "eagle"))}
     prompts = held_out(args.prompts, tokenizer, 100)
     document: dict[str, Any] = {
         "command": f"python bench/speculative.py --prompts {args.prompts} --repeats {args.repeats} --threads {args.threads}"
@@ -206,13 +222,13 @@ def main() -> None:
         "versions": {"camshaft": camshaft.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": platform.processor() or platform.machine(), "native_step": engine.native_step,
     }  # fmt: skip
-    document["agreement"] = agreement(engine, fixed, prompts)
+    document["agreement"] = agreement(engine, fixed, prompts, engines)
     print(json.dumps(document["agreement"], indent=1), flush=True)
-    document["acceptance"] = accepted_lengths(engine, fixed, tokenizer)
+    document["acceptance"] = accepted_lengths(engine, fixed, tokenizer, engines)
     for name, entry in document["acceptance"].items():
         print(f"{name:50} {entry['mean_accepted_length']:.2f}", flush=True)
     texts = {"held-out text": held_out(16, tokenizer, 200, seed=2), "repetitive code": code(tokenizer) * 3}
-    document["speed"] = speeds(engine, timed, texts, args.batches, args.repeats)
+    document["speed"] = speeds(engine, timed, texts, args.batches, args.repeats, engines)
     if args.peer:
         document["transformers"] = transformers_peer(texts["held-out text"])
         print(json.dumps({"transformers": document["transformers"]}), flush=True)

@@ -371,7 +371,7 @@ def _engine_of(
         return cast(Engine, load_engine(Path(cast(str, model))))
     import camshaft
 
-    options = {} if speculative is None else target_options(speculative)
+    options = {} if speculative is None else target_options(speculative, model)
     return cast(Engine, camshaft.compile(model, **{**options, **compile_kwargs}))
 
 

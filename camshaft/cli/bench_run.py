@@ -91,10 +91,14 @@ class Invocation:
 
             given = {name: value for name, value in self.build.items() if value is not None}
             shape = RandomWeights.of(self.random_weights, seed=self.seed, device=self.build["device"])
+            if self.speculative is not None:
+                from ..runtime.speculative.build import target_options
+
+                given = {**target_options(self.speculative, shape), **given}
             engine: Engine = camshaft.compile(shape, **given)
         else:
             assert self.model is not None
-            engine = open_engine(self.model, self.build)
+            engine = open_engine(self.model, self.build, speculative=self.speculative)
         self.opened["load_s" if self._is_engine else "build_s"] = time.perf_counter() - start
         return engine
 

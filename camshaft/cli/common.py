@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..export.engine import Engine
     from ..export.manifest import BuildConfig
     from ..graph.program import PassRecord
+    from ..runtime import SpeculativeConfig
 
 # ------------------------------------------------------------------------------------------------------------- options
 _BUILD = "Build"
@@ -317,10 +318,17 @@ def read_text(path: Path, option: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- engines
-def open_engine(model: str, build: Mapping[str, Any], *, progress: bool | None = None) -> Engine:
+def open_engine(
+    model: str,
+    build: Mapping[str, Any],
+    *,
+    progress: bool | None = None,
+    speculative: SpeculativeConfig | None = None,
+) -> Engine:
     """The engine of a directory that `camshaft build` wrote, or of a model, which is compiled with the given options.
 
-    build: keyword arguments of `camshaft.compile`, None where an option was not given.
+    build: keyword arguments of `camshaft.compile`, None where an option was not given. speculative: how the engine is to speculate;
+    a model is compiled with what that needs.
     """
     import camshaft
 
@@ -334,6 +342,10 @@ def open_engine(model: str, build: Mapping[str, Any], *, progress: bool | None =
                 f"{model} is an engine, built already, so {options} cannot be changed; leave them out, or build it again"
             )
         return camshaft.load(model, max_sequences=limit)
+    if speculative is not None:
+        from ..runtime.speculative.build import target_options
+
+        given = {**target_options(speculative, model), **given}
     engine: Engine = camshaft.compile(model, progress=progress, **given)
     return engine
 

@@ -130,7 +130,7 @@ def generate(
             "kv_cache_dtype": kv_cache_dtype,
             "batch_invariant": batch_invariant,
         }
-        engine = open_engine(model, build)
+        engine = open_engine(model, build, speculative=drafting)
         from ..runtime import LLM
 
         with LLM(engine, kv_cache_bytes=parse_bytes(kv_cache_bytes, "--kv-cache-bytes"), speculative=drafting) as llm:

@@ -16,7 +16,8 @@ SpeculativeOption = Annotated[
     typer.Option(
         "--speculative",
         metavar="METHOD",
-        help="Draft tokens and verify several in a step: ngram (the text's own repetitions) or draft (a smaller model).",
+        help="Draft tokens and verify several in a step: ngram (the text's own repetitions), draft (a smaller model), heads or "
+        "eagle (small networks on the model's hidden states) or self (the model's first layers).",
         rich_help_panel=_PANEL,
         show_default=False,
     ),
@@ -25,8 +26,9 @@ DraftModelOption = Annotated[
     str | None,
     typer.Option(
         "--draft-model",
-        metavar="ENGINE_OR_MODEL",
-        help='Of --speculative draft: an engine or a model with the same tokenizer; "demo-draft" goes with demo.',
+        metavar="MODEL_OR_DIR",
+        help="Of draft: an engine or a model with the same tokenizer; of heads, eagle and self: the directory of a checkpoint. "
+        "demo-draft, demo-heads, demo-eagle and demo-exit go with demo.",
         rich_help_panel=_PANEL,
         show_default=False,
     ),
@@ -60,14 +62,25 @@ def speculative_config(
 
     if method is None:
         if draft_model is not None:
-            raise ValueError(f"--draft-model {draft_model} needs --speculative draft")
+            raise ValueError(f"--draft-model {draft_model} needs --speculative draft, heads, eagle or self")
         return None
-    if draft_model == "demo-draft":
-        from ..models import demo
-
-        draft_model = str(demo.draft_path())
+    draft_model = _demo_path(draft_model)
     chosen: Any = {"method": method, "acceptance": acceptance}
     return SpeculativeConfig(model=draft_model, num_draft_tokens=num_draft_tokens, adaptive=adaptive, **chosen)
+
+
+def _demo_path(name: str | None) -> str | None:
+    """Where a draft of the demo model is; any other name stays as it is."""
+    from ..models import demo
+
+    paths = {
+        "demo-draft": demo.draft_path,
+        "demo-heads": demo.heads_path,
+        "demo-eagle": demo.eagle_path,
+        "demo-exit": demo.exit_path,
+    }
+    found = paths.get(name or "")
+    return name if found is None else str(found())
 
 
 def acceptance_line(metrics: SpeculativeMetrics | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The bundled demo model: a small Llama-shaped language model with its draft, held-out text and prompts.
+"""The bundled demo model: a small Llama-shaped language model with its drafts, held-out text and prompts.
 
 Nothing here needs torch: the functions only say where the files are. MODEL_CARD.md tells how the model was made.
 """
@@ -20,6 +20,21 @@ def path() -> Path:
 def draft_path() -> Path:
     """Folder of the draft model for speculative decoding; same tokenizer, about a sixth of the parameters."""
     return _DATA / "camshaft-demo-draft"
+
+
+def heads_path() -> Path:
+    """Folder of Medusa heads for the model: four, with one lm_head."""
+    return _DATA / "camshaft-demo-heads"
+
+
+def eagle_path() -> Path:
+    """Folder of an EAGLE-3 layer for the model."""
+    return _DATA / "camshaft-demo-eagle"
+
+
+def exit_path() -> Path:
+    """Folder of a trained early exit of the model."""
+    return _DATA / "camshaft-demo-exit"
 
 
 def heldout_path() -> Path:

@@ -31,13 +31,17 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, heads, T, D], k and v [B, kv_heads, T, D]) -> [B, T, heads, D]"""
 
 
+def named_layers(config: Any) -> tuple[int, ...]:
+    """After how many of the target's layers a checkpoint says that its hidden states are captured; () where it does not."""
+    return tuple((getattr(config, "eagle_config", None) or {}).get("eagle_aux_hidden_state_layer_ids") or ())
+
+
 def capture_layers(config: Any, num_layers: int) -> tuple[int, ...]:
     """After how many of the target's layers its hidden states are captured: as the config says, else EAGLE-3's choice.
 
     Raises ValueError for numbers that a target of `num_layers` layers does not have.
     """
-    named = getattr(config, "eagle_config", None) or {}
-    layers = tuple(named.get("eagle_aux_hidden_state_layer_ids") or (2, num_layers // 2, num_layers - 3))
+    layers = named_layers(config) or (2, num_layers // 2, num_layers - 3)
     if any(isinstance(n, bool) or not isinstance(n, int) or not 0 < n < num_layers for n in layers):
         raise ValueError(
             f"the EAGLE checkpoint reads the hidden states after layers {list(layers)}, and the target has {num_layers} layers; "

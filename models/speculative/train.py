@@ -21,7 +21,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ class Settings:
     draft_vocab: int = 3072
     capture: tuple[int, ...] = (2, 5, 8)
     """After how many of the target's layers EAGLE reads its hidden states."""
-    exit_layer: int = 4
-    exit_rank: int = 128
+    exit_layer: int = 6
+    exit_rank: int = 256
 
     def scale(self, progress: float) -> float:
         """The learning rates' factor at a share of the time in [0, 1]."""
@@ -246,10 +246,11 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=1.5, help="of training for each method")
+    parser.add_argument("--exit-layer", type=int, default=Settings.exit_layer, help="exit: behind how many layers")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device(args.device)
-    settings = Settings() if device.type == "cuda" else SMALL
+    settings = replace(Settings() if device.type == "cuda" else SMALL, exit_layer=args.exit_layer)
     args.out.mkdir(parents=True, exist_ok=True)
     run(list(METHODS) if args.method == "all" else [args.method], args.out, args.packed, device, args.minutes, settings)
 

@@ -66,9 +66,33 @@ def check_config(config: SpeculativeConfig, engine: Engine) -> None:
         )
 
 
-def target_options(config: SpeculativeConfig) -> dict[str, Any]:
-    """Options of `camshaft.compile` for a target that an LLM compiles itself. Raises ValueError for a config that lacks one."""
-    return {"early_exit": exit_option(config)} if config.method == "self" else {}
+def target_options(config: SpeculativeConfig, model: Any) -> dict[str, Any]:
+    """Options of `camshaft.compile` with which `model`, which is not compiled yet, becomes a target for a config.
+
+    Raises ValueError for a config that lacks one.
+    """
+    if config.method == "self":
+        return {"early_exit": exit_option(config)}
+    if config.method == "heads":
+        return {"hidden_layers": (HEAD_INPUT,)}
+    if config.method != "eagle":
+        return {}
+    from ...models.speculative.eagle import capture_layers, named_layers, read_eagle_config
+
+    draft = read_eagle_config(Path(str(config.model)))
+    return {"hidden_layers": named_layers(draft) or capture_layers(draft, _num_layers(model))}
+
+
+def _num_layers(model: Any) -> int:
+    """Decoder layers of a model that is not compiled yet, by its config."""
+    from transformers import AutoConfig
+
+    from ...models import demo
+
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        config = AutoConfig.from_pretrained(demo.path() if model == "demo" else model)
+    return int(config.get_text_config().num_hidden_layers)
 
 
 def open_draft_engine(config: SpeculativeConfig, engine: Engine) -> Engine | None:
@@ -132,17 +156,6 @@ def embeddings_of(engine: Any) -> Weight:
     raise ValueError(
         f"{engine.manifest.model.name} looks up no token embeddings, which the EAGLE checkpoint lacks; give one with embed_tokens"
     )
-
-
-def hidden_layers_of(config: SpeculativeConfig, num_layers: int) -> tuple[int, ...]:
-    """The hidden states that a target of `num_layers` layers is compiled with for a config; () for methods that read none."""
-    if config.method == "heads":
-        return (HEAD_INPUT,)
-    if config.method != "eagle":
-        return ()
-    from ...models.speculative.eagle import capture_layers, read_eagle_config
-
-    return capture_layers(read_eagle_config(Path(str(config.model))), num_layers)
 
 
 def _check_trees(num_nodes: int, draft: Engine, engine: Engine) -> None:

@@ -23,7 +23,10 @@ def tokenizer():
 def test_sizes():
     assert (demo.path() / "model.safetensors").stat().st_size <= 16_000_000
     assert (demo.draft_path() / "model.safetensors").stat().st_size <= 2_500_000
-    assert sum(p.stat().st_size for p in demo.path().parent.rglob("*") if p.is_file()) < 20_000_000
+    for folder in (demo.heads_path(), demo.eagle_path(), demo.exit_path()):
+        (file,) = folder.glob("*.safetensors")
+        assert file.stat().st_size <= 4_000_000
+    assert sum(p.stat().st_size for p in demo.path().parent.rglob("*") if p.is_file()) < 28_000_000
 
 
 def test_paths_need_no_torch():
