@@ -33,10 +33,10 @@ class Choice:
 
 
 INT4_TABLE = (
-    Choice(rows=1, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
-    Choice(rows=1, columns=_ANY, config=Few(block_n=8, block_k=4096)),
-    Choice(rows=2, columns=4096, config=Few(block_n=4, block_k=2048, warps=2)),
-    Choice(rows=2, columns=_ANY, config=Few(block_n=8, block_k=4096)),
+    Choice(rows=1, columns=8192, config=Few(block_n=8, block_k=2048, warps=2)),
+    Choice(rows=1, columns=_ANY, config=Few(block_n=16, block_k=4096)),
+    Choice(rows=2, columns=4096, config=Few(block_n=8, block_k=2048, warps=2)),
+    Choice(rows=2, columns=_ANY, config=Few(block_n=4, block_k=1024, warps=1)),
     Choice(rows=16, columns=4096, config=Tile(block_n=64, block_k=256, splits=4, weight_left=True)),
     Choice(rows=32, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True, scale_sums=True)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=128, block_k=128, scale_sums=True)),
@@ -64,11 +64,12 @@ FP4_TABLE = (
 """e2m1: nvfp4 and mxfp4."""
 BYTE_TABLE = (
     Choice(rows=1, columns=8192, config=Few(block_n=4, block_k=2048)),
-    Choice(rows=1, columns=_ANY, config=Few(block_n=8, block_k=4096, warps=8)),
-    Choice(rows=2, columns=8192, config=Few(block_n=4, block_k=2048)),
+    Choice(rows=1, columns=_ANY, config=Few(block_n=4, block_k=4096)),
+    Choice(rows=2, columns=4096, config=Few(block_n=8, block_k=2048)),
     Choice(rows=64, columns=4096, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
     Choice(rows=32, columns=8192, config=Tile(block_n=64, block_k=128, splits=4, weight_left=True)),
     Choice(rows=16, columns=_ANY, config=Tile(block_n=64, block_k=128, weight_left=True)),
+    Choice(rows=32, columns=_ANY, config=Tile(block_n=128, block_k=128, warps=8, weight_left=True)),
     Choice(rows=64, columns=8192, config=Tile(block_n=128, block_k=128, splits=4, weight_left=True)),
     Choice(rows=128, columns=4096, config=Tile(block_n=64, block_k=128, weight_left=True)),
     Choice(rows=128, columns=8192, config=Tile(block_n=128, block_k=128, warps=8, weight_left=True)),
