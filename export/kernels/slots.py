@@ -1,7 +1,9 @@
 """Moves keys and values between slots of a paged cache: those of a token tree's accepted branch go where its text goes on.
 
-    slots of a step   | n  n+1  n+2  n+3  n+4 |       accepted: n+1 and n+4, so slot n+4 is copied to n+2
+    slots of a step   | n  n+1  n+2  n+3  n+4 |
     rows of the tree  | 0   a    b    c    d  |
+
+Where a and d are accepted, slot n+4 is copied to n+2.
 """
 
 from __future__ import annotations
