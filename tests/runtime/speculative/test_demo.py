@@ -1,4 +1,4 @@
-"""The demo model with its draft model: 200 prompts in mixed batches, token for token; accepted lengths."""
+"""The demo model with its drafts: 200 prompts in mixed batches, token for token; accepted lengths."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ LIMITS: dict[str, Any] = {"max_seq_len": 640, "max_batch_tokens": 256, "max_sequ
 
 @pytest.fixture(scope="module")
 def engines() -> tuple[Any, Any]:
-    return tuple(
-        camshaft.compile(str(path), target="onnxruntime", **LIMITS) for path in (demo.path(), demo.draft_path())
-    )  # type: ignore[return-value]
+    draft = camshaft.compile(str(demo.draft_path()), target="onnxruntime", **LIMITS)
+    return camshaft.compile("demo", target="onnxruntime", hidden_layers=(2, 5, 8, -1), **LIMITS), draft
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +32,8 @@ def configs(draft: Any, **fields: Any) -> dict[str, SpeculativeConfig]:
     return {
         "ngram": SpeculativeConfig(method="ngram", **fields),
         "draft": SpeculativeConfig(method="draft", model=draft, **fields),
+        "heads": SpeculativeConfig(method="heads", model=demo.heads_path(), **fields),
+        "eagle": SpeculativeConfig(method="eagle", model=demo.eagle_path(), **fields),
     }
 
 
@@ -63,4 +64,4 @@ def test_accepted_lengths_on_held_out_text_and_code(engines, text) -> None:
         with LLM(engine, kv_cache_bytes=1 << 28, speculative=config) as llm:
             llm.generate(prompts, params, progress=False)
             length = llm.stats().speculative.mean_accepted_length
-        assert length is not None and length > {"ngram": 1.5, "draft": 2.5}[name], name
+        assert length is not None and length > {"ngram": 1.5, "draft": 2.5, "heads": 1.2, "eagle": 3.0}[name], name
