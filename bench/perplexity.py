@@ -2,8 +2,9 @@
 
 python bench/perplexity.py --device cuda --output bench/results/h200-perplexity.json
 
-The first variant is what the others are compared with. "plain": as the weights are; "kv8": fp8 KV cache; any recipe's name: its
-linear layers; "NAME+kv8": both. Recipes that are calibrated take the demo model's own text, or --calibration.
+The first variant is what the others are compared with. "plain": as the weights are; "kv_fp8", "kv_int8": the KV cache (with
+calibration, fp8 keys lose their mean); any recipe's name: its linear layers; "NAME+kv_fp8": both. What is calibrated takes the demo
+model's own text, or --calibration.
 """
 
 from __future__ import annotations
@@ -26,26 +27,27 @@ import camshaft
 from camshaft import LLM
 
 UNCALIBRATED = tuple(name for name, recipe in RECIPES.items() if not recipe.calibrated)
-DEFAULT = ("plain", "kv8", "fp8+kv8", *UNCALIBRATED)
+DEFAULT = ("plain", "kv_fp8", "fp8+kv_fp8", *UNCALIBRATED)
 
 
 def options_of(variant: str) -> dict[str, Any]:
     """The options of `camshaft.compile` for a variant. Raises ValueError for an unknown one."""
     options: dict[str, Any] = {}
     for part in variant.split("+"):
-        if part == "kv8":
-            options["kv_cache_dtype"] = "fp8"
+        if part in ("kv_fp8", "kv_int8"):
+            options["kv_cache_dtype"] = part.removeprefix("kv_")
         elif part in RECIPES:
             options["quantize"] = part
         elif part != "plain":
-            raise ValueError(f"variant {variant!r} is unknown; known: plain, kv8, {', '.join(RECIPES)}, joined by +")
+            raise ValueError(f"variant {variant!r} is unknown; known: plain, kv_fp8, kv_int8, {', '.join(RECIPES)}, joined by +")
     return options
 
 
 def measure(name: str, args: argparse.Namespace, text: str) -> dict[str, Any]:
     """Builds one variant and scores the text."""
     options = options_of(name)
-    if args.calibration is not None and options.get("quantize") in set(RECIPES) - set(UNCALIBRATED):
+    calibrated = options.get("quantize") in set(RECIPES) - set(UNCALIBRATED) or "kv_cache_dtype" in options
+    if args.calibration is not None and calibrated:
         options["calibration"] = args.calibration.read_text(encoding="utf-8")
     engine = camshaft.compile(
         args.model,
