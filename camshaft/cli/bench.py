@@ -35,6 +35,7 @@ from .speculative import (
     AcceptanceOption,
     AdaptiveOption,
     DraftModelOption,
+    ExitLayerOption,
     NumDraftOption,
     SpeculativeOption,
     speculative_config,
@@ -226,6 +227,7 @@ def run(
     ] = None,
     speculative: SpeculativeOption = None,
     draft_model: DraftModelOption = None,
+    exit_layer: ExitLayerOption = None,
     num_draft_tokens: NumDraftOption = 4,
     acceptance: AcceptanceOption = "rejection",
     adaptive: AdaptiveOption = True,
@@ -274,7 +276,7 @@ def run(
     invocation = Invocation(
         model=model, random_weights=random_weights, seed=seed, cases=cases, is_suite=suite is not None, text=text,
         baseline=baseline, out=out, save=save, trace=trace,
-        speculative=speculative_config(speculative, draft_model, num_draft_tokens, acceptance, adaptive),
+        speculative=speculative_config(speculative, draft_model, exit_layer, num_draft_tokens, acceptance, adaptive),
         build={
             "target": target, "device": device, "dtype": dtype, "max_seq_len": max_seq_len,
             "max_batch_tokens": max_batch_tokens, "max_sequences": max_sequences, "block_size": block_size,

@@ -120,6 +120,27 @@ BatchInvariantOption = Annotated[
         show_default=False,
     ),
 ]
+HiddenLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hidden-layers",
+        metavar="N,N,...",
+        rich_help_panel=_BUILD,
+        help="Hidden states that steps give, for proposers that read them: 0 the embeddings, N behind N layers, -1 behind the "
+        "final norm.",
+        show_default=False,
+    ),
+]
+EarlyExitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--early-exit",
+        metavar="N_OR_DIR",
+        rich_help_panel=_BUILD,
+        help="Layers in front of an exit that drafts (speculative method self), or the directory of a trained exit.",
+        show_default=False,
+    ),
+]
 BucketsOption = Annotated[
     str | None,
     typer.Option(
@@ -169,6 +190,25 @@ def parse_bytes(text: str | None, name: str) -> int | None:
         raise ValueError(
             f"{name} is {text!r}; allowed: a number of bytes, or one with K, M, G or T, such as 512M"
         ) from error
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """ "2,4,-1" -> [2, 4, -1]. Raises ValueError."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.removeprefix("-").isdigit() for part in parts):
+        raise ValueError(f"--hidden-layers is {text!r}; give numbers of layers, such as 2,4,-1")
+    return [int(part) for part in parts]
+
+
+def parse_exit(text: str | None) -> int | str | None:
+    """A number of layers, or the directory of a trained exit ("demo-exit": that of the demo model)."""
+    if text == "demo-exit":
+        from ..models import demo
+
+        return str(demo.exit_path())
+    return int(text) if text is not None and text.isdigit() else text
 
 
 def parse_numbers(text: str | None, name: str) -> list[int] | None:

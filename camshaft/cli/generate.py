@@ -37,6 +37,7 @@ from .speculative import (
     AcceptanceOption,
     AdaptiveOption,
     DraftModelOption,
+    ExitLayerOption,
     NumDraftOption,
     SpeculativeOption,
     acceptance_line,
@@ -85,6 +86,7 @@ def generate(
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show text while it is made.")] = True,
     speculative: SpeculativeOption = None,
     draft_model: DraftModelOption = None,
+    exit_layer: ExitLayerOption = None,
     num_draft_tokens: NumDraftOption = 4,
     acceptance: AcceptanceOption = "rejection",
     adaptive: AdaptiveOption = True,
@@ -115,7 +117,7 @@ def generate(
         seed=seed,
         stop=stop or None,
     )
-    drafting = speculative_config(speculative, draft_model, num_draft_tokens, acceptance, adaptive)
+    drafting = speculative_config(speculative, draft_model, exit_layer, num_draft_tokens, acceptance, adaptive)
     texts = _read_prompts(prompts or [], chat, as_json)
     with output(as_json) as to:
         build = {

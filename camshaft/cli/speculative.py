@@ -33,6 +33,16 @@ DraftModelOption = Annotated[
         show_default=False,
     ),
 ]
+ExitLayerOption = Annotated[
+    int | None,
+    typer.Option(
+        "--exit-layer",
+        metavar="N",
+        help="Of self: how many of the model's layers draft; an engine has been built with as many.",
+        rich_help_panel=_PANEL,
+        show_default=False,
+    ),
+]
 NumDraftOption = Annotated[
     int, typer.Option("--num-draft-tokens", help="Most drafts for a request in a step.", rich_help_panel=_PANEL)
 ]
@@ -55,7 +65,12 @@ AdaptiveOption = Annotated[
 
 
 def speculative_config(
-    method: str | None, draft_model: str | None, num_draft_tokens: int, acceptance: str, adaptive: bool
+    method: str | None,
+    draft_model: str | None,
+    exit_layer: int | None,
+    num_draft_tokens: int,
+    acceptance: str,
+    adaptive: bool,
 ) -> SpeculativeConfig | None:
     """The config that the options make; None without --speculative. Raises ValueError for options that do not fit."""
     from ..runtime import SpeculativeConfig
@@ -63,9 +78,11 @@ def speculative_config(
     if method is None:
         if draft_model is not None:
             raise ValueError(f"--draft-model {draft_model} needs --speculative draft, heads, eagle or self")
+        if exit_layer is not None:
+            raise ValueError(f"--exit-layer {exit_layer} needs --speculative self")
         return None
     draft_model = _demo_path(draft_model)
-    chosen: Any = {"method": method, "acceptance": acceptance}
+    chosen: Any = {"method": method, "acceptance": acceptance, "exit_layer": exit_layer}
     return SpeculativeConfig(model=draft_model, num_draft_tokens=num_draft_tokens, adaptive=adaptive, **chosen)
 
 
