@@ -85,6 +85,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"head_major": True, "padding": 2},
     {"cache_dtype": torch.float8_e4m3fn, "dim": 64, "padding": 2},
     {"cache_dtype": torch.float8_e4m3fn, "sinks": True, "window": 20, "head_major": True},
+    {"cache_dtype": torch.int8, "dim": 64, "padding": 2},
 ]
 
 
@@ -184,6 +185,20 @@ def test_fp8_cache_saturates() -> None:
         slot = int(case.tensors["slot_mapping"][0])
         k_cache, v_cache = (case.tensors[name][slot // 16, slot % 16].float() for name in ("k_cache", "v_cache"))
         assert k_cache[0, 0] == 448 and v_cache[0, 1] == -448
+
+
+def test_int8_cache_rounds_and_saturates() -> None:
+    """Keys and values are stored as the nearest integers, even in the middle, from -127 to 127."""
+    for lengths in ([(1, 40), (1, 7)], [(4, 9), (1, 3)]):
+        case = make_case(lengths, dtype=HALF, cache_dtype=torch.int8, device=DEVICE)
+        numbers = torch.tensor([0.5, 1.5, -2.5, -3.25, 500.0, -500.0], dtype=HALF, device=DEVICE)
+        for name in ("k", "v"):
+            case.tensors[name][0, 0, :6] = numbers
+        case.call(triton.paged_attention)
+        slot = int(case.tensors["slot_mapping"][0])
+        for name in ("k_cache", "v_cache"):
+            stored = case.tensors[name][slot // 16, slot % 16, 0, :6]
+            assert stored.tolist() == [0, 2, -2, -3, 127, -127]
 
 
 INVARIANT: list[dict[str, Any]] = [{}, {"window": 40, "sinks": True}, {"softcap": 5.0, "alibi": True}]
