@@ -20,13 +20,11 @@ import numpy.typing as npt
 import torch
 
 from ..batch import BatchBuilder, Engine
-from ..distribution import greedy_tokens
 from ..logits import SamplingState
 from ..packing import upload
 from ..plan import ScheduledRequest, StepPlan
 from ..request import Request, RequestStatus
-from ..sampler import Sampler
-from .draft_state import draft_state
+from .draws import Draws
 from .proposer import Drafts, ProposerContext, Target, Verified
 
 Ints = npt.NDArray[np.int64]
@@ -37,7 +35,6 @@ class _Progress:
     """How far the draft model has come with a request."""
 
     request: Request
-    state: SamplingState
     computed: int = -1
     """Leading tokens whose keys and values are right; -1 before the first drafts."""
     num_preemptions: int = 0
@@ -55,11 +52,9 @@ class DraftModelProposer:
         assert context.draft_engine is not None, "method draft comes with an engine"
         self._engine = engine = context.draft_engine
         self._device = engine.device
-        self._exact = context.config.acceptance == "exact"
-        self._draws = context.config.acceptance != "typical"
         self._vocab_size = context.engine.vocab_size
         self._table = full_group(context.engine)
-        self._sampler = Sampler(self._vocab_size, self._device)
+        self._draws = Draws(context.config, self._vocab_size, self._device)
         self._requests: dict[str, _Progress] = {}
         self._contents: dict[int, bytes] = {}
         """Block of the shared table -> hash of the tokens that the draft model has computed in it."""
@@ -71,11 +66,13 @@ class DraftModelProposer:
 
     def add(self, request: Request, state: SamplingState) -> None:
         """Prepares the request's own draws."""
-        self._requests[request.request_id] = _Progress(request, draft_state(state, self._sampler, exact=self._exact))
+        self._requests[request.request_id] = _Progress(request)
+        self._draws.add(request.request_id, state)
 
     def release(self, request_id: str) -> None:
         """Forgets a request; what was computed for it stays in its blocks."""
         if self._requests.pop(request_id, None) is not None:
+            self._draws.release(request_id)
             self._builder.release(request_id)
 
     # --- drafting -----------------------------------------------------------------------------------------------
@@ -84,15 +81,10 @@ class DraftModelProposer:
     def propose(self, targets: Sequence[Target]) -> Drafts:
         """Drafts of the wanted lengths for all targets."""
         width = max(target.num_drafts for target in targets)
-        tokens_SK = torch.zeros(len(targets), width, dtype=torch.int64, device=self._device)
-        drawn = [self._is_drawn(target) for target in targets]
-        q_SKV = None
-        if any(drawn) and not self._exact:
-            q_SKV = torch.empty(len(targets), width, self._vocab_size, device=self._device)
+        chains = self._draws.begin(targets, width)
         self._make_rows(len(targets))
         places = np.arange(len(targets))
-        chosen = self._choose(targets, self._catch_up(targets), 0, places, drawn, q_SKV)
-        tokens_SK[:, 0] = chosen
+        chosen = chains.choose(self._catch_up(targets), 0, places)
         batch = tuple(target.request for target in targets)
         starts = np.array([target.request.num_tokens - 1 for target in targets], dtype=np.int64)
         for number in range(1, width):
@@ -104,52 +96,16 @@ class DraftModelProposer:
                 batch = tuple(targets[i].request for i in places.tolist())
                 chosen = self._keep(upload(kept, self._device), chosen)
             logits = self._step(batch, starts[places] + number, chosen)
-            chosen = self._choose([targets[i] for i in places.tolist()], logits, number, places, drawn, q_SKV)
-            if len(places) == len(targets):
-                tokens_SK[:, number] = chosen
-            else:
-                tokens_SK[upload(places, self._device), number] = chosen
+            chosen = chains.choose(logits, number, places)
         for target in targets:
             progress = self._requests[target.request.request_id]
             progress.computed = progress.drafted_at = target.request.num_tokens
             progress.num_drafted = target.num_drafts
-        certain = self._exact or not any(drawn)
-        return Drafts(
-            [target.num_drafts for target in targets], tokens_SK,
-            None if certain else q_SKV, [False] * len(targets) if certain else drawn,
-        )  # fmt: skip
+        return chains.drafts()
 
     def _keep(self, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The tokens of those rows of the last step that are drafted for in the next one."""
         return chosen.index_select(0, rows)
-
-    def _is_drawn(self, target: Target) -> bool:
-        return self._draws and not target.state.greedy
-
-    def _choose(
-        self,
-        targets: Sequence[Target],
-        logits_RV: torch.Tensor,
-        number: int,
-        places: Ints,
-        drawn: Sequence[bool],
-        q_SKV: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[R] draft `number` of each of the targets; the logits it was drawn from go to `q_SKV`."""
-        random = [n for n, place in enumerate(places) if drawn[place]]
-        if not random:
-            return greedy_tokens(logits_RV).clamp_(min=0)
-        states = [self._requests[targets[n].request.request_id].state for n in random]
-        numbers = np.array([targets[n].request.num_output_tokens + number for n in random])
-        everything = len(random) == len(targets)
-        rows = None if everything else upload(np.array(random), self._device)
-        tokens, x_NV = self._sampler.draw(logits_RV if rows is None else logits_RV[rows], states, numbers)
-        tokens.clamp_(min=0)
-        if q_SKV is not None:
-            q_SKV[upload(places[random], self._device), number] = x_NV
-        if rows is None:
-            return tokens
-        return greedy_tokens(logits_RV).clamp_(min=0).index_copy_(0, rows, tokens)
 
     # --- steps of the draft engine ------------------------------------------------------------------------------
 
