@@ -111,3 +111,13 @@ def test_plans_share_segments():
     draft = plan.parts["early"].then(plan.parts["exit"], {"hidden": plan.parts["early"].outputs[0]})
     assert draft.inputs == ["token_ids", "positions", "sample_rows"] and len(draft.outputs) == 2
     assert draft.has_logits and not plan.parts["early"].has_logits
+
+
+def test_rope_inside_attention():
+    """As on CUDA: each part computes the angles that its attention turns queries and keys by."""
+    _, program = split("llama", fuse_rope=True)
+    hidden = run_row(program.parts["early"], TOKENS)
+    assert torch.equal(run_row(program.parts["late"], TOKENS, hidden=hidden), run_row(program, TOKENS))
+    target = get_target("onnxruntime")
+    early, head = (partition(program.parts[name], target.supports) for name in ("early", "exit"))
+    assert len(early.then(head, {"hidden": early.outputs[0]}).outputs) == 2

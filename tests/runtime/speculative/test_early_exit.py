@@ -159,3 +159,14 @@ def test_draft_writes_what_the_whole_model_writes(model):
         assert len(plain) == LAYERS
         for before, (after, _) in zip(plain, engine.prepare().executor.caches):
             torch.testing.assert_close(after.flatten(0, 1)[:30], before.flatten(0, 1)[:30], rtol=1e-4, atol=1e-4)
+
+
+def test_drafts_do_not_depend_on_the_batch(model):
+    """Requests whose chains end at different lengths get the drafts that they get alone."""
+    engine = camshaft.compile(model, target="eager", early_exit=2, **LIMITS)
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9], [3, 3, 3]]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (4, 17, 9, 30)]
+    together, _ = run(engine, config(), prompts, params)
+    for prompt, param, output in zip(prompts, params, together):
+        ((alone,), _) = run(engine, config(), [prompt], [param])
+        assert alone.metrics.speculative == output.metrics.speculative
