@@ -119,7 +119,7 @@ class HeadsObjective:
 
 
 class UnrolledAttention:
-    """Attention of step j of an unrolled draft: the first step's rows up to i, and of every later step the row i itself."""
+    """Attention of step j of an unrolled draft: row i sees the first step's rows up to i and row i of every later step."""
 
     def __init__(self) -> None:
         self._keys: list[Tensor] = []
@@ -127,21 +127,14 @@ class UnrolledAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, heads, T, D], k and v [B, kv_heads, T, D] -> [B, T, heads, D]"""
-        groups = q.shape[1] // k.shape[1]
+        groups, num_rows = q.shape[1] // k.shape[1], q.shape[2]
         self._keys.append(k.repeat_interleave(groups, 1))
         self._values.append(v.repeat_interleave(groups, 1))
-        first_k, first_v = self._keys[0], self._values[0]
-        if len(self._keys) == 1:
-            return functional.scaled_dot_product_attention(q, first_k, first_v, is_causal=True).transpose(1, 2)
-        q = q * q.shape[-1] ** -0.5
-        rows = torch.arange(q.shape[2], device=q.device)
-        seen = (q @ first_k.mT).masked_fill(rows[:, None] < rows, float("-inf"))
-        own = torch.stack([(q * key).sum(-1) for key in self._keys[1:]], -1)
-        weights = torch.softmax(torch.cat([seen, own], -1).float(), -1).to(v.dtype)
-        out = weights[..., : rows.numel()] @ first_v
-        for number, value in enumerate(self._values[1:], rows.numel()):
-            out = out + weights[..., number, None] * value
-        return out.transpose(1, 2)
+        keys, values = torch.cat(self._keys, 2), torch.cat(self._values, 2)
+        first = torch.ones(num_rows, num_rows, dtype=torch.bool, device=q.device).tril()
+        later = torch.eye(num_rows, dtype=torch.bool, device=q.device)
+        mask = torch.cat([first, *[later] * (len(self._keys) - 1)], 1)
+        return functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask).transpose(1, 2)
 
 
 class EagleObjective:
