@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from camshaft.models import demo
+from camshaft.passes.bisect import relative_error
 from row_traces import batch_of, bind_caches
 
 import camshaft
@@ -40,13 +41,12 @@ def test_hidden_states_of_captured_steps(engine: Any) -> None:
     engine.capture()
     kept = []
     for chunks in ([(0, 0, 20), (1, 0, 7)], [(0, 20, 21), (1, 7, 8)], [(0, 21, 25), (1, 8, 13), (2, 0, 20)]):
-        for repeat in range(3):  # steps are captured when their shape comes again
+        for _ in range(3):  # steps are captured when their shape comes again
             outputs = engine.step_outputs(batch_of(engine, prompts, chunks))
             right = cpu.step_outputs(batch_of(cpu, prompts, chunks))
-            tolerance = (
-                {"rtol": 2e-2, "atol": 2e-2} if "tensorrt" in engine.manifest.targets else {"rtol": 1e-3, "atol": 1e-3}
-            )
-            torch.testing.assert_close(outputs.hidden.cpu(), right.hidden, **tolerance)
+            allowed = 2e-2 if "tensorrt" in engine.manifest.targets else 1e-3  # TF32 products
+            for layer in range(len(LAYERS)):
+                assert relative_error(right.hidden[:, layer], outputs.hidden[:, layer]) < allowed
             kept.append((outputs.hidden, outputs.hidden.clone()))
     torch.cuda.synchronize()
     assert all(torch.equal(hidden, copy) for hidden, copy in kept), "later steps leave hidden states alone"
