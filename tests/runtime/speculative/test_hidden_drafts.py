@@ -177,6 +177,17 @@ def test_what_does_not_fit_is_refused(target, engine, paths, tmp_path):
         LLM(engine, speculative=SpeculativeConfig(method="heads", model=str(tmp_path / "nowhere")))
 
 
+def test_a_quantized_engine_from_disk(target, paths, tmp_path):
+    """Its embeddings, which the layer reads, are in the artifact."""
+    options = {**LIMITS, "quantize": "int8", "hidden_layers": HIDDEN}
+    camshaft.compile(target, **options).save(tmp_path / "engine")
+    engine = camshaft.load(tmp_path / "engine")
+    prompts, params = load(8)
+    expected, _, _ = outputs_of(engine, None, prompts, params)
+    for method in ("heads", "eagle"):
+        assert outputs_of(engine, config(paths, method), prompts, params)[0] == expected, method
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method", ["heads", "eagle"])
 def test_samples_have_the_target_distribution(tmp_path, method):
