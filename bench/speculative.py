@@ -1,6 +1,7 @@
 """Speculative decoding of the demo model on the CPU: the same tokens, accepted lengths, and tokens per second.
 
     python bench/speculative.py --out bench/results/cpu-speculative.json [--prompts 200] [--repeats 3] [--peer]
+        [--methods ngram draft heads eagle]
 
 1. Greedy outputs of `--prompts` held-out prompts in mixed batches, with each method, against plain decoding.
 2. Mean accepted length: held-out text, and code that repeats itself, at 4 drafted tokens, without adaptation.
@@ -26,6 +27,7 @@ from camshaft.models import demo
 import camshaft
 from camshaft import LLM, SamplingParams, SpeculativeConfig
 
+METHODS = ["ngram", "draft", "heads", "eagle"]
 LIMITS: dict[str, Any] = {"max_seq_len": 640, "max_batch_tokens": 256, "max_sequences": 16}
 CODE = '''class {name}:
     """A {noun} of the inventory."""
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -214,11 +217,14 @@ def main() -> None:
         **{f"{name}, 4 tokens": config for name, config in fixed.items()},
         "ngram, 8 tokens": SpeculativeConfig(method="ngram", num_draft_tokens=8, adaptive=False),
     }
+    fixed = {name: config for name, config in fixed.items() if name in args.methods}
+    timed = {name: config for name, config in timed.items() if name.split(",")[0] in ("plain", *args.methods)}
     engines = {name: hidden for name in (*fixed, *timed) if name.startswith(("heads", "eagle"))}
     prompts = held_out(args.prompts, tokenizer, 100)
     document: dict[str, Any] = {
         "command": f"python bench/speculative.py --prompts {args.prompts} --repeats {args.repeats} --threads {args.threads}"
-        f" --target {args.target} --batches {' '.join(map(str, args.batches))}" + " --peer" * args.peer,
+        f" --target {args.target} --batches {' '.join(map(str, args.batches))}" + " --peer" * args.peer
+        + ("" if args.methods == METHODS else f" --methods {' '.join(args.methods)}"),
         "versions": {"camshaft": camshaft.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": platform.processor() or platform.machine(), "native_step": engine.native_step,
     }  # fmt: skip
