@@ -149,21 +149,24 @@ def compile_shape(layers: int | None, precision: str, target: str, sequences: in
     )  # fmt: skip
 
 
-def measure(llm: Any, batch: int, length: int, repeats: int) -> dict[str, Any]:
-    """Decoded tokens per second from the moment that all requests have their first token, and the host's time per step."""
+def measure(llm: Any, batch: int, length: int, repeats: int, warmups: int) -> dict[str, Any]:
+    """Decoded tokens per second from the moment that all requests have their first token, and the host's time per step.
+
+    warmups: runs that do not count, in which graphs are captured and costs are learnt.
+    """
     from camshaft import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
     rng = random.Random(batch)
     speeds, accepted = [], 0.0
-    for repeat in range(repeats + 1):  # the first captures graphs, and learns
+    for repeat in range(warmups + repeats):
         prompts = [[rng.randrange(3, llm.engine.vocab_size) for _ in range(128)] for _ in range(batch)]
         before = llm.stats().times
         outputs = llm.generate(prompts, params, progress=False)
         times = llm.stats().times
         begin = max(o.metrics.first_token_s for o in outputs)
         end = max(o.metrics.finished_s for o in outputs)
-        if repeat:
+        if repeat >= warmups:
             speeds.append(batch * (length - 1) / (end - begin))
             counts = [o.metrics.speculative for o in outputs if o.metrics.speculative is not None]
             accepted = sum(c.num_tokens for c in counts) / max(
@@ -204,6 +207,8 @@ def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dic
     one_layer = None if args.skip_one_layer else compile_shape(1, precision, args.target, max(args.batches))
     plain: dict[int, float] = {}
     for name, config in variants(args, one_layer).items():
+        if config is not None and args.variants is not None and name not in args.variants:
+            continue
         if time.monotonic() > deadline:
             rows.append({"precision": precision, "variant": name, "error": "no time left"})
             continue
@@ -215,7 +220,7 @@ def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dic
                     replay_acceptance(llm, args.acceptance)
                 for batch in args.batches:
                     row = {"precision": precision, "variant": name, "batch": batch}
-                    row |= measure(llm, batch, args.length, args.repeats)
+                    row |= measure(llm, batch, args.length, args.repeats, args.warmups)
                     if config is None:
                         plain[batch] = row["tok_s"]
                     row["speed_up"] = row["tok_s"] / plain[batch] if batch in plain else None
@@ -261,6 +266,8 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=5)
     parser.add_argument("--length", type=int, default=256, help="tokens of each output")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", default=None, help="names; plain decoding is always measured")
     parser.add_argument("--layers", type=int, default=None, help="fewer than the shape's 32, for a trial")
     parser.add_argument("--memory-fraction", type=float, default=0.8)
     parser.add_argument("--budget-s", type=float, default=540)

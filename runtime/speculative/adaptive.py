@@ -117,10 +117,11 @@ class AdaptiveLengths:
         if self._num_rests >= self._probe_after:
             self._num_rests = 0
             self._probe_after = min(2 * self._probe_after, PROBE_AFTER_MOST)
-            self.costs.forget_drafts()
+            tried = _shared_out([min(limit, 1) for limit in limits], budget)
+            self.costs.measure_again(len(limits) + num_others + sum(tried), 1)
             if self._could_pay(limits, num_others, base_s):
                 self._resting = 0
-                return _shared_out([min(limit, 1) for limit in limits], budget)
+                return tried
         return lengths
 
     def rests(self) -> bool:

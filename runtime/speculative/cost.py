@@ -4,13 +4,16 @@
 
 The first steps of a kind are left out: kernels are compiled and graphs captured in them.
 
-A kind of step that has not been measured costs, as far as anybody knows, what a smaller one does. That is hopeful, so it is tried,
-and a few steps later it is known.
+A kind of step that has not been measured costs at least what a smaller one does. Once three kinds with drafts are known, so are a
+step's cost, a token's and that of a draft's depth, by least squares; a little less than their sum is expected of the other kinds.
+That is hopeful, so what might pay is tried, and a few steps later it is known; what cannot pay is not tried.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
+
+import numpy as np
 
 _WINDOW = 8
 """Steps of a kind that its estimate is made of."""
@@ -18,6 +21,10 @@ _FIRST = 2
 """Steps of a kind that are left out at its beginning."""
 KNOWN_FROM = 4
 """Steps of a kind from which it counts as measured. One is not enough: a draft model may have had to catch up in it."""
+_FITTED_FROM = 3
+"""Kinds with drafts from which others are predicted."""
+_HOPE = 0.95
+"""Share of a prediction that is expected."""
 
 
 def token_bucket(num_tokens: int) -> int:
@@ -35,6 +42,10 @@ class StepCosts:
         self._samples: dict[tuple[int, int], deque[float]] = {}
         self._counts: Counter[tuple[int, int]] = Counter()
         self._estimates: dict[tuple[int, int], float] = {}
+        self._before: dict[tuple[int, int], float] = {}
+        """Estimates of kinds that are measured again."""
+        self._plane: tuple[float, float, float] | None = None
+        """Seconds of a step with drafts, of each of its tokens, and of each step of depth."""
 
     def observe(self, num_tokens: int, depth: int, seconds: float) -> None:
         """Takes in a step of decodes and verifications; `depth` is the most drafts of any request in it."""
@@ -45,13 +56,28 @@ class StepCosts:
         samples = self._samples.setdefault(key, deque(maxlen=_WINDOW))
         samples.append(seconds)
         if len(samples) >= KNOWN_FROM - _FIRST:
-            self._estimates[key] = sorted(samples)[len(samples) // 4]
+            before, found = self._before.pop(key, None), sorted(samples)[len(samples) // 4]
+            if before is not None and found < before:
+                self._speed_up(found / before)
+            self._estimates[key] = found
+            self._plane = fit_plane({key: s for key, s in self._estimates.items() if key[0]})
 
-    def forget_drafts(self) -> None:
-        """Forgets the times of steps with drafts: load and lengths have changed since, and they are to be tried again."""
-        for times in (self._samples, self._estimates):
-            for key in [key for key in times if key[0]]:
-                del times[key]
+    def measure_again(self, num_tokens: int, depth: int) -> None:
+        """Forgets the times of a kind of step, since load changes.
+
+        If it turns out faster, other kinds with drafts are expected to be faster by the same factor.
+        """
+        key = (depth, token_bucket(num_tokens))
+        self._samples.pop(key, None)
+        before = self._estimates.pop(key, None)
+        if before is not None:
+            self._before[key] = before
+
+    def _speed_up(self, share: float) -> None:
+        """All kinds with drafts take that share of their time."""
+        for key in [key for key in self._estimates if key[0]]:
+            self._estimates[key] *= share
+            self._samples[key] = deque((share * s for s in self._samples[key]), maxlen=_WINDOW)
 
     def estimate(self, num_tokens: int, depth: int) -> float | None:
         """Seconds of a step; None while nothing like it or smaller is known."""
@@ -60,6 +86,9 @@ class StepCosts:
         if known is not None:
             return known
         smaller = [s for (d, b), s in self._estimates.items() if d <= depth and b <= bucket]
+        if depth and smaller and self._plane is not None:
+            step, token, level = self._plane
+            smaller.append(_HOPE * (step + token * bucket + level * depth))
         return max(smaller, default=None)
 
     def is_known(self, num_tokens: int, depth: int) -> bool:
@@ -69,3 +98,23 @@ class StepCosts:
     def table(self) -> dict[tuple[int, int], float]:
         """(depth, bucket of tokens) -> seconds, of what has been measured."""
         return dict(self._estimates)
+
+
+def fit_plane(seconds: dict[tuple[int, int], float]) -> tuple[float, float, float] | None:
+    """(a, b, c) >= 0 of seconds = a + b tokens + c depth, relative errors' least squares; None for less than three kinds.
+
+    seconds: by (depth, tokens).
+    """
+    if len(seconds) < _FITTED_FROM:
+        return None
+    kinds = np.array([(1.0, tokens, depth) for depth, tokens in seconds])
+    times = np.array(list(seconds.values()))
+    used = [0, 1, 2]
+    while used:
+        found, *_ = np.linalg.lstsq(kinds[:, used] / times[:, None], np.ones(len(times)), rcond=None)
+        if (found >= 0).all():
+            plane = np.zeros(3)
+            plane[used] = found
+            return float(plane[0]), float(plane[1]), float(plane[2])
+        used.remove(used[int(found.argmin())])
+    return None

@@ -1,8 +1,10 @@
 """Draft lengths from measured acceptance and step times; deterministic, with made-up times."""
 
+import random
+
 import pytest
 from camshaft.runtime.speculative.adaptive import PLAIN_EVERY, PROBE_AFTER, REST, Acceptance, AdaptiveLengths
-from camshaft.runtime.speculative.cost import KNOWN_FROM, StepCosts, token_bucket
+from camshaft.runtime.speculative.cost import KNOWN_FROM, StepCosts, fit_plane, token_bucket
 
 
 def measured(step_time, num_draft_tokens=5, rate=0.8, most_tokens=512):
@@ -44,6 +46,59 @@ def test_costs_are_usual_times_and_hopeful_where_nothing_is_known():
     assert (
         costs.estimate(32, 2) == 3.0 and costs.estimate(32, 1) == 1.0 and costs.table() == {(0, 8): 1.0, (2, 16): 3.0}
     )
+
+
+def test_kinds_of_steps_are_predicted_from_three_others():
+    def drafting(tokens, depth):
+        return 3.0 + 0.01 * tokens + 0.8 * depth
+
+    costs = StepCosts()
+    for tokens, depth in ((64, 0), (96, 1), (128, 1), (128, 2)):
+        for _ in range(KNOWN_FROM):
+            costs.observe(tokens, depth, drafting(tokens, depth))
+    for tokens, depth in ((192, 3), (384, 5)):
+        assert 0.9 * drafting(tokens, depth) < costs.estimate(tokens, depth) < drafting(tokens, depth), "hopeful"
+
+
+def test_a_kind_that_became_faster_takes_the_others_along():
+    costs = StepCosts()
+    for tokens, depth in ((64, 0), (128, 1), (192, 2)):
+        for _ in range(KNOWN_FROM):
+            costs.observe(tokens, depth, 10.0 * depth + 2.0)
+    costs.measure_again(128, 1)
+    assert not costs.is_known(128, 1)
+    for _ in range(KNOWN_FROM):
+        costs.observe(128, 1, 6.0)
+    assert costs.table() == {(0, 64): 2.0, (1, 128): 6.0, (2, 192): 11.0}
+
+
+def test_fitted_costs_never_fall_with_tokens_or_depth():
+    assert fit_plane({(1, 8): 2.0, (2, 8): 1.9}) is None
+    step, token, level = fit_plane({(1, 8): 2.0, (2, 8): 1.9, (1, 16): 1.8})
+    assert token == level == 0.0 and step == pytest.approx(1.9, rel=0.02)
+
+
+@pytest.mark.parametrize(("steps", "least"), [(150, 0.9), (3000, 0.99)])
+def test_where_nothing_pays_few_steps_are_spent_to_find_out(steps, least):
+    def drafting(tokens, depth):  # a slow draft model, and verification that is not free
+        return 3.6 + (0.7 * depth + 0.012 * (tokens - 64) + 1.5 if depth else 0.0)
+
+    lengths, spent, plain = AdaptiveLengths(5), 0.0, 0.0
+    generator = random.Random(0)
+    for _ in range(steps):
+        chosen = [0] * 64 if lengths.rests() else lengths.choose([str(i) for i in range(64)], [5] * 64, 0, 2048)
+        tokens, depth = 64 + sum(chosen), max(chosen)
+        spent += drafting(tokens, depth)
+        lengths.costs.observe(tokens, depth, drafting(tokens, depth))
+        produced = 64
+        for request, drafts in enumerate(chosen):
+            accepted = 0
+            while accepted < drafts and generator.random() < 0.6:
+                accepted += 1
+            lengths.count(str(request), drafts, accepted)
+            produced += accepted
+        plain += 3.6 * produced / 64
+    assert spent < plain / least
 
 
 def test_all_drafts_where_they_cost_nothing_and_none_where_they_cost_as_much():
