@@ -181,7 +181,7 @@ RECIPES: dict[str, Recipe] = {
     "int8_weight_only": _recipe("int8/none"),
     "int4": _recipe("int4:g128/none"),
     "int4_awq": _recipe("int4:g128:zp/none", algorithm="awq"),
-    "int4_gptq": _recipe("int4:g64:zp/none", algorithm="gptq"),
+    "int4_gptq": _recipe("int4:g64:zp/none", algorithm="gptq", gptq_sweeps=2),
     "w4a8": _recipe("int4:g128/fp8"),
     "nvfp4": _recipe("nvfp4/nvfp4"),
     "nvfp4_gptq": _recipe("nvfp4/nvfp4", algorithm="gptq"),

@@ -169,7 +169,8 @@ def test_variants(tmp_path: Path) -> None:
     assert (plain.name, plain.options) == ("none", {})
     assert int4.options == {"quantize": "int4_gptq", "group": 64, "calibration": "text"}
     assert own.options["quantize"] == Recipe.named("int4").with_group(32) and own.options["group"] == 64
-    assert fp8.options == {"kv_cache_dtype": "fp8", "quantize": "fp8"}
+    assert fp8.options == {"kv_cache_dtype": "fp8", "quantize": "fp8", "calibration": "text"}  # for the cache
+    assert parse_variants(["none+kv_fp8"])[1].options == {"kv_cache_dtype": "fp8"}
     assert parse_variants(["int4_awq"], has_calibration=True)[1].options == {"quantize": "int4_awq"}
 
 
