@@ -7,7 +7,8 @@
         logits  = lm_head(norm(g_p))                                                  over a vocabulary of its own, of token p + 1
 
 A row lies at its token's position, and the row at 0, which has no hidden state before it, takes zeros; so does any row whose
-hidden state is not known.
+hidden state is not known. (The project's own code has no row for the first token, and counts positions from the second; here a row
+shares its token's block, so that what a block holds follows from the tokens up to its end.)
 
 Checkpoints are those of the EAGLE project: fc, midlayer.*, norm, lm_head, `d2t` (what is added to a draft token to get the
 target's), `t2d` (which of the target's tokens are drafted) and embed_tokens where it is not the target's; draft_vocab_size in a
