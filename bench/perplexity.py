@@ -39,7 +39,9 @@ def options_of(variant: str) -> dict[str, Any]:
         elif part in RECIPES:
             options["quantize"] = part
         elif part != "plain":
-            raise ValueError(f"variant {variant!r} is unknown; known: plain, kv_fp8, kv_int8, {', '.join(RECIPES)}, joined by +")
+            raise ValueError(
+                f"variant {variant!r} is unknown; known: plain, kv_fp8, kv_int8, {', '.join(RECIPES)}, joined by +"
+            )
     return options
 
 
