@@ -116,7 +116,7 @@ def open_draft_engine(config: SpeculativeConfig, engine: Engine) -> Engine | Non
         draft = _compile_like(engine, model)
     check_draft_engine(draft, engine)
     if config.method == "draft":
-        _check_vocabulary(draft, engine)
+        check_vocabulary(draft, engine)
     if config.tree is not None:
         _check_trees(len(config.tree), draft, engine)
     return draft
@@ -189,7 +189,7 @@ def check_draft_engine(draft: Engine, engine: Engine) -> None:
             )
 
 
-def _check_vocabulary(draft: Engine, engine: Engine) -> None:
+def check_vocabulary(draft: Engine, engine: Engine) -> None:
     """The same token must mean the same text. Without tokenizers all that can be compared is the number of tokens."""
     if draft.tokenizer_path is None or engine.tokenizer_path is None:
         if draft.vocab_size != engine.vocab_size:

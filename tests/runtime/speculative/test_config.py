@@ -2,7 +2,7 @@
 
 import pytest
 from camshaft.runtime import LLM, SamplingParams, SpeculativeConfig
-from camshaft.runtime.speculative.build import check_draft_engine
+from camshaft.runtime.speculative.build import check_vocabulary
 
 from ..fake_engine import FakeEngine
 from ..small_tokenizers import byte_level, save
@@ -108,8 +108,8 @@ def test_other_tokenizers(tmp_path):
     other.add_tokens(["<another>"])
     theirs = save(other, tmp_path / "theirs")
     target = FakeEngine(vocab_size=340, tokenizer_path=mine)
-    check_draft_engine(FakeEngine(vocab_size=352, tokenizer_path=same), target)  # padded otherwise
+    check_vocabulary(FakeEngine(vocab_size=352, tokenizer_path=same), target)  # padded otherwise
     with pytest.raises(
         ValueError, match=r"differs from the target's in 1 tokens \('<another>' is \d+ there and None here"
     ):
-        check_draft_engine(FakeEngine(vocab_size=340, tokenizer_path=theirs), target)
+        check_vocabulary(FakeEngine(vocab_size=340, tokenizer_path=theirs), target)
