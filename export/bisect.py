@@ -330,6 +330,7 @@ class _RowBatch:
     max_query_len: int
     max_seq_len: int
     tree_mask: Tensor | None = None
+    early: None = None
 
 
 def check_engine(
