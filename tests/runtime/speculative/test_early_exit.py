@@ -39,11 +39,11 @@ def config(**changes):
     return SpeculativeConfig(**{"method": "self", "adaptive": False, **changes})
 
 
-def compare(model, target="eager", speculative=None, load=None, **options):
+def compare(model, target="eager", speculative=None, load=None, count=10, **options):
     """Stats of an LLM that speculates, after proof that its tokens are those of one that does not. Greedy requests, and random ones
     whose drafts are accepted exactly."""
     prompts, params = everything(100)
-    prompts, params = prompts[:24], params[:24]
+    prompts, params = prompts[:count], params[:count]
     load = load or {}
     plain = camshaft.compile(model, target=target, **LIMITS, **options)
     split = camshaft.compile(model, target=target, early_exit=2, **LIMITS, **options)
@@ -59,7 +59,7 @@ def compare(model, target="eager", speculative=None, load=None, **options):
 def test_tokens_of_plain_decoding(model, target):
     """Chunks of prompts beside drafts, prefix hits, preemptions, requests that do not speculate, stops, n > 1."""
     load = {"kv_cache_bytes": 160 << 10, "max_chunk_tokens": 9, "policy": "max_utilization"}
-    stats = compare(model, target, load=load)
+    stats = compare(model, target, load=load, count=24)
     assert stats.speculative.mean_accepted_length > 1.5
     assert stats.scheduler.preemptions > 0 and stats.scheduler.prefix_hit_tokens > 0
 
@@ -72,6 +72,7 @@ def test_adaptive(model, asynchronous):
     assert stats.speculative.num_verifications > 0
 
 
+@pytest.mark.long
 def test_windows():
     stats = compare(shallow("gemma3", sliding_window=8), load={"max_chunk_tokens": 16})
     assert stats.speculative.mean_accepted_length > 1.2
