@@ -276,6 +276,12 @@ class Engine:
         A batch with `early` rows goes on behind the early exit, and gives logits alone.
         """
         execution = self._ready_execution()
+        width, given = self.manifest.model.hidden_input, getattr(batch, "hidden", None)
+        if (width is None) != (given is None):
+            raise ValueError(
+                f"{self.manifest.model.name} takes hidden states of {width} numbers beside each token (None: none), and the batch "
+                f"brings {'none' if given is None else list(given.shape)}; set Batch.hidden"
+            )
         if batch.early is not None:
             return self._split_steps().verify(batch)
         if self._native is not None and self._native.takes(batch):

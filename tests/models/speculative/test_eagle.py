@@ -124,6 +124,10 @@ def test_the_engine_computes_what_the_module_does(target, folder, compiled_for):
     bind_caches(engine, len(prompts))
     for chunks in (((0, 0, 17),), ((0, 17, 20), (2, 0, 4)), ((0, 20, 21), (1, 0, 1), (2, 4, 9))):
         batch = batch_of(engine, prompts, chunks)
+        with pytest.raises(
+            ValueError, match=r"takes hidden states of 64 numbers beside each token .* the batch brings none"
+        ):
+            engine.step(batch)
         batch.hidden = torch.cat([states[s][first:end] for s, first, end in chunks])
         logits, hidden = engine.step_outputs(batch)
         expected = [
