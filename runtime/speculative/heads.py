@@ -16,13 +16,11 @@ import numpy as np
 import torch
 
 from ...models.speculative.heads import HeadsConfig, read_heads
-from ..distribution import greedy_tokens
 from ..logits import SamplingState
 from ..packing import upload
 from ..request import Request
-from ..sampler import Sampler
-from .draft_state import draft_state
 from .draft_tree import TreeLevels
+from .draws import Draws
 from .proposer import Drafts, ProposerContext, Target, Verified
 
 HEAD_INPUT = -1
@@ -43,28 +41,28 @@ class HeadsProposer:
         self._dtype = _dtype_of(engine)
         self._heads = heads.to(self._device, self._dtype)
         self._vocab_size = engine.vocab_size
-        self._exact = config.acceptance == "exact"
-        self._draws = config.acceptance != "typical"
+        self._draws = Draws(config, engine.vocab_size, engine.device)
         self._tree = None if config.tree is None else TreeLevels(config.tree)
-        self._sampler = Sampler(engine.vocab_size, engine.device)
-        self._states: dict[str, SamplingState] = {}
+        self._requests: set[str] = set()
         self._hidden: dict[str, tuple[int, torch.Tensor, int]] = {}
         """Request id -> position, tensor [T, 1, H] of its step, and row of the last known hidden state."""
 
     def add(self, request: Request, state: SamplingState) -> None:
         """Prepares the request's own draws."""
-        self._states[request.request_id] = draft_state(state, self._sampler, exact=self._exact)
+        self._draws.add(request.request_id, state)
+        self._requests.add(request.request_id)
 
     def release(self, request_id: str) -> None:
         """Forgets a request."""
-        self._states.pop(request_id, None)
+        self._draws.release(request_id)
+        self._requests.discard(request_id)
         self._hidden.pop(request_id, None)
 
     def observe(self, verified: Sequence[Verified]) -> None:
         """Keeps the last hidden state of each text."""
         for item in verified:
             name = item.request.request_id
-            if item.states is not None and name in self._states and item.rows:
+            if item.states is not None and name in self._requests and item.rows:
                 self._hidden[name] = (item.start + len(item.rows) - 1, item.states, item.rows[-1])
 
     @torch.inference_mode()
@@ -98,35 +96,16 @@ class HeadsProposer:
         missing = self._vocab_size - logits.shape[-1]
         return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
 
-    # --- chains -------------------------------------------------------------------------------------------------
-
     def _chain(
         self, targets: Sequence[Target], known: Sequence[int], lengths: Sequence[int], logits_NKV: torch.Tensor
     ) -> Drafts:
-        width = max(lengths)
-        shape = (len(targets), width)
-        tokens_SK = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        rows = upload(np.array(known), self._device)
-        flat = logits_NKV[:, :width].flatten(0, 1)
-        tokens_SK[rows] = greedy_tokens(flat).clamp_(min=0).view(-1, width)
-        drawn = [lengths[n] > 0 and self._draws and not target.state.greedy for n, target in enumerate(targets)]
-        random = [place for place, number in enumerate(known) if drawn[number]]
-        if not random:
-            return Drafts(lengths, tokens_SK)
-        numbers = [known[place] for place in random]
-        states = [self._states[targets[n].request.request_id] for n in numbers for _ in range(width)]
-        counts = np.array([targets[n].request.num_output_tokens + k for n in numbers for k in range(width)])
-        part = logits_NKV[upload(np.array(random), self._device), :width].flatten(0, 1)
-        tokens, x = self._sampler.draw(part, states, counts)
-        into = upload(np.array(numbers), self._device)
-        tokens_SK[into] = tokens.clamp_(min=0).view(-1, width)
-        if self._exact:
-            return Drafts(lengths, tokens_SK)
-        q_SKV = torch.empty(*shape, self._vocab_size, device=self._device)
-        q_SKV[into] = x.view(-1, width, self._vocab_size)
-        return Drafts(lengths, tokens_SK, q_SKV, drawn)
-
-    # --- trees --------------------------------------------------------------------------------------------------
+        width, places = max(lengths), np.array(known)
+        chains = self._draws.begin(targets, width)
+        for number in range(width):
+            chains.choose(logits_NKV[:, number], number, places)
+        drafts = chains.drafts()
+        drafts.lengths = lengths
+        return drafts
 
     def _plant(
         self, targets: Sequence[Target], known: Sequence[int], lengths: Sequence[int], logits_NKV: torch.Tensor
