@@ -35,7 +35,9 @@ def inspect(
         ),
     ] = None,
     passes: Annotated[bool, typer.Option("--passes", help="Only the passes that ran.")] = False,
-    weights: Annotated[bool, typer.Option("--weights", help="Only the weights: name, file.")] = False,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Only the weights: name, format of a quantized layer, file.")
+    ] = False,
     engines: Annotated[
         bool,
         typer.Option("--engines", help="Only the engine files: inputs, layers, size, build time; what auto measured."),
@@ -63,13 +65,21 @@ def inspect(
             to.document = {"passes": [dataclasses.asdict(record) for record in manifest.passes]}
             to.console.print(pass_table(manifest.passes))
         elif weights:
-            rows = _weights(engine, manifest)
+            rows = _weights(engine, manifest, plan)
             to.document = {"weights": rows}
             cells = [
-                [r["name"], r["dtype"], "x".join(map(str, r["shape"])), format_bytes(r["bytes"]), r["file"]]
+                [
+                    r["name"],
+                    r["format"] or "",
+                    r["dtype"],
+                    "x".join(map(str, r["shape"])),
+                    format_bytes(r["bytes"]),
+                    r["file"],
+                ]
                 for r in rows
             ]
-            to.console.print(table("Weights", ["weight", "dtype", "shape", "size", "file"], cells, left=(0, 1, 4)))
+            columns = ["weight", "format", "dtype", "shape", "size", "file"]
+            to.console.print(table("Weights", columns, cells, left=(0, 1, 2, 5)))
         elif layers is not None:
             to.document = _layers(engine, manifest, layers)
             to.print(json.dumps(to.document, indent=1))
@@ -156,9 +166,32 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def _weights(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
+_QUANTIZED = {"camshaft.quantized_linear.default": 1, "camshaft.scaled_linear.default": 2}
+"""Where the weight stands among an operator's arguments."""
+
+
+def _formats(plan: Plan) -> dict[str, str]:
+    """Weight -> the format of the quantized layer that reads it, "weights/activations"."""
+    from ..export.segment import SegmentStep
+
+    found = {}
+    for step in plan.steps:
+        if not isinstance(step, SegmentStep):
+            continue
+        segment = plan.segments[step.segment]
+        weights = dict(zip((entry["name"] for entry in segment.placeholders[segment.num_inputs :]), step.weights))
+        for node in segment.nodes:
+            if node.get("target") in _QUANTIZED:
+                weight = node["args"][_QUANTIZED[node["target"]]]["node"]
+                own = node["target"].startswith("camshaft.quantized")
+                found[weights[weight]] = node["args"][-1] if own else "fp8/fp8"
+    return found
+
+
+def _weights(path: Path, manifest: Manifest, plan: Plan) -> list[dict[str, Any]]:
     from ..models.checkpoint import read_header
 
+    formats = _formats(plan)
     headers: dict[str, Any] = {file: read_header(path / file) for file in set(manifest.weights.values())}
     rows = []
     for name, file in manifest.weights.items():
@@ -169,6 +202,7 @@ def _weights(path: Path, manifest: Manifest) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name,
+                "format": formats.get(name),
                 "dtype": str(dtype).removeprefix("torch."),
                 "shape": list(shape),
                 "bytes": size,
