@@ -102,7 +102,9 @@ def test_trained_exit(model, tmp_path):
     loaded = camshaft.load(engine.save(tmp_path / "engine"))
     bind_caches(loaded, 2)
     loaded.step(batch_of(loaded, PROMPTS, [(0, 0, 8)]))
-    torch.testing.assert_close(loaded.draft(batch_of(loaded, PROMPTS, [(0, 8, 9)])).logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        loaded.draft(batch_of(loaded, PROMPTS, [(0, 8, 9)])).logits, logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_bad_exits(model, tmp_path):

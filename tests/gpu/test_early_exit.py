@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from camshaft.export.targets import get_target
 from camshaft.models import demo
 from camshaft.passes.bisect import relative_error
 from row_traces import batch_of, bind_caches
@@ -30,6 +31,9 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module", params=["inductor", "tensorrt", "eager"])
 def engine(request: Any) -> Any:
     torch.backends.cuda.matmul.allow_tf32 = False
+    reason = get_target(request.param).unavailable(torch.device("cuda", 0))
+    if reason is not None:
+        pytest.skip(reason)
     return camshaft.compile("demo", target=request.param, dtype="float32", early_exit=8, hidden_layers=LAYERS, **LIMITS)
 
 

@@ -64,4 +64,4 @@ def test_accepted_lengths_on_held_out_text_and_code(engines, text) -> None:
         with LLM(engine, kv_cache_bytes=1 << 28, speculative=config) as llm:
             llm.generate(prompts, params, progress=False)
             length = llm.stats().speculative.mean_accepted_length
-        assert length is not None and length > {"ngram": 1.5, "draft": 2.5, "heads": 1.2, "eagle": 3.0}[name], name
+        assert length is not None and length > {"ngram": 1.5, "draft": 2.5, "heads": 1.2, "eagle": 2.8}[name], name
