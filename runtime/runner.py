@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .batch import Batch, BatchBuilder, Engine
+from .batch import Batch, Engine
+from .batch_builder import BatchBuilder
 from .distribution import token_logprobs
 from .logits import SamplingState
 from .packing import HostCopy, upload

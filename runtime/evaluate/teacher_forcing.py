@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..batch import BatchBuilder
+from ..batch_builder import BatchBuilder
 from ..kv_cache import CacheGroup
 from ..ownership import EngineClaim
 from ..packing import upload

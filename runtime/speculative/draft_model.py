@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..batch import BatchBuilder, Engine
+from ..batch import Engine
+from ..batch_builder import BatchBuilder
 from ..logits import SamplingState
 from ..packing import upload
 from ..plan import ScheduledRequest, StepPlan

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..batch import BatchBuilder, Engine
+from ..batch import Engine
+from ..batch_builder import BatchBuilder
 from ..logits import SamplingState
 from ..packing import upload
 from ..plan import ScheduledRequest, StepPlan

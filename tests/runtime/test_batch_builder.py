@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from camshaft.runtime.batch import BatchBuilder
+from camshaft.runtime.batch_builder import BatchBuilder
 from camshaft.runtime.kv_cache import CacheGroup
 from camshaft.runtime.plan import ScheduledRequest, SchedulerConfig, StepPlan
 from camshaft.runtime.request import Request
