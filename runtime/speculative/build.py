@@ -12,25 +12,62 @@ from ..tokenizer import Tokenizer
 from .config import SpeculativeConfig
 from .draft_model import DraftModelProposer, full_group
 from .draft_tree import TreeDraftProposer
-from .eagle import EagleProposer
-from .eagle_tree import TreeEagleProposer
 from .early_exit import EarlyExitProposer, check_exit, exit_option
-from .heads import HEAD_INPUT, HeadsProposer
 from .ngram import NgramProposer
 from .proposer import Proposer, ProposerContext
+
+
+def _heads(context: ProposerContext) -> Proposer:
+    from .heads import HeadsProposer  # these read checkpoints with camshaft.models, which plain serving does not import
+
+    return HeadsProposer(context)
+
+
+def _eagle(context: ProposerContext) -> Proposer:
+    from .eagle import EagleProposer
+
+    return EagleProposer(context)
+
+
+def _eagle_tree(context: ProposerContext) -> Proposer:
+    from .eagle_tree import TreeEagleProposer
+
+    return TreeEagleProposer(context)
+
 
 _PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
     "ngram": NgramProposer,
     "draft": DraftModelProposer,
-    "heads": HeadsProposer,
-    "eagle": EagleProposer,
+    "heads": _heads,
+    "eagle": _eagle,
     "self": EarlyExitProposer,
 }
 """Proposers that come with the package, by method."""
-_TREE_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
+_TREE
+
+
+def _heads(context: ProposerContext) -> Proposer:
+    from .heads import HeadsProposer  # these read checkpoints with camshaft.models, which plain serving does not import
+
+    return HeadsProposer(context)
+
+
+def _eagle(context: ProposerContext) -> Proposer:
+    from .eagle import EagleProposer
+
+    return EagleProposer(context)
+
+
+def _eagle_tree(context: ProposerContext) -> Proposer:
+    from .eagle_tree import TreeEagleProposer
+
+    return TreeEagleProposer(context)
+
+
+_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
     "draft": TreeDraftProposer,
-    "heads": HeadsProposer,
-    "eagle": TreeEagleProposer,
+    "heads": _heads,
+    "eagle": _eagle_tree,
 }
 """As above, of those that draft trees."""
 _SAME_LIMITS = ("max_seq_len", "max_sequences", "max_batch_tokens", "block_size")
@@ -74,6 +111,8 @@ def target_options(config: SpeculativeConfig, model: Any) -> dict[str, Any]:
     if config.method == "self":
         return {"early_exit": exit_option(config)}
     if config.method == "heads":
+        from .heads import HEAD_INPUT
+
         return {"hidden_layers": (HEAD_INPUT,)}
     if config.method != "eagle":
         return {}
