@@ -43,28 +43,7 @@ _PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
     "self": EarlyExitProposer,
 }
 """Proposers that come with the package, by method."""
-_TREE
-
-
-def _heads(context: ProposerContext) -> Proposer:
-    from .heads import HeadsProposer  # these read checkpoints with camshaft.models, which plain serving does not import
-
-    return HeadsProposer(context)
-
-
-def _eagle(context: ProposerContext) -> Proposer:
-    from .eagle import EagleProposer
-
-    return EagleProposer(context)
-
-
-def _eagle_tree(context: ProposerContext) -> Proposer:
-    from .eagle_tree import TreeEagleProposer
-
-    return TreeEagleProposer(context)
-
-
-_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
+_TREE_PROPOSERS: dict[str, Callable[[ProposerContext], Proposer]] = {
     "draft": TreeDraftProposer,
     "heads": _heads,
     "eagle": _eagle_tree,
