@@ -109,7 +109,7 @@ LAYERS = {"llama": 2, "qwen3": 2, "gpt_neox": 2, "phi3": 2, "gemma2": 2, "gpt_os
 """Layers whose rope is joined: one of Cohere 2's has none; GLM 4's is not a camshaft::rope."""
 
 
-def _fused_passes(config: Any, quantizer: None = None) -> list[GraphPass]:
+def _fused_passes(config: Any, quantizer: None = None, exit_weights: None = None) -> list[GraphPass]:
     return decoder_passes(block_size=config.block_size, fuse_rope=True)
 
 
