@@ -206,7 +206,8 @@ class StepGraphs:
         if not shape.query_len:
             return self._sample_rows, self._logits
         if self._verify_rows is None:
-            rows = max(self._sizes.padded("R", size) for size in VERIFY_SIZES)
+            most = self._mixed_sizes[-1]
+            rows = max(self._sizes.padded("R", min(size, most)) for size in VERIFY_SIZES)
             self._verify_rows = torch.zeros(rows, dtype=torch.int64, device=self._device)
         if shape.trees and self._tree_mask is None:
             self._tree_mask = torch.zeros_like(self._tokens)

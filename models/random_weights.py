@@ -9,7 +9,6 @@ engine. So a model is never in memory twice, and what a pass joins, transposes o
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..graph.json_file import read_json_object
 from ..graph.weights import Weight
 
 if TYPE_CHECKING:
@@ -139,11 +139,8 @@ def _config_dict(shape: str | Path) -> tuple[dict[str, Any], str]:
             f"random weights of {str(shape)!r}: no such shape and no such file; give a config.json, a directory that holds "
             f"one, or one of {', '.join(SHAPES)}"
         )
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(facts, dict) or not isinstance(facts.get("model_type"), str):
+    facts = read_json_object(file, fix="give the config.json of a Hugging Face model")
+    if not isinstance(facts.get("model_type"), str):
         raise ValueError(f"{file} names no model_type; give the config.json of a Hugging Face model")
     if facts.get("quantization_config") is not None:
         raise ValueError(

@@ -18,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..graph.json_file import read_json_object
+
 if TYPE_CHECKING:
     import tokenizers
     from jinja2 import Template
@@ -74,7 +76,7 @@ class Tokenizer:
             raise ValueError(f"{file} cannot be read by tokenizers {tokenizers.__version__}: {error}") from error
         backend.no_truncation()
         backend.no_padding()
-        config = {**_read_json(path / "special_tokens_map.json"), **_read_json(path / "tokenizer_config.json")}
+        config = {**_read_optional(path / "special_tokens_map.json"), **_read_optional(path / "tokenizer_config.json")}
         special = {name: _content(config[name]) for name in _SPECIAL_NAMES if config.get(name)}
         return cls(backend, special_tokens=special, chat_templates=_read_templates(path, config))
 
@@ -245,16 +247,11 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_optional(file: Path) -> dict[str, Any]:
+    """The fields of a file that a tokenizer may lack. Raises ValueError for one that is damaged."""
+    if not file.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected an object")
-    return content
+    return read_json_object(file, fix="download the tokenizer again, or write it with save_pretrained")
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ...graph.json_file import read_json_object
+
+_FIX = "give a checkpoint's directory, or download it again"
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,10 @@ class Settings:
 
 
 def read_settings(directory: Path) -> Settings | None:
-    """How the checkpoint in `directory` is quantized; None if it is not. Raises ValueError for a file that is not JSON."""
+    """How the checkpoint in `directory` is quantized; None if it is not. Raises ValueError for a file
+    that holds no JSON object, or no config.json."""
     file = directory / "config.json"
-    config = _read(file)
+    config = read_json_object(file, fix=_FIX)
     for holder in (config, config.get("text_config")):
         if isinstance(holder, dict) and holder.get("quantization_config"):
             return Settings(file, dict(holder["quantization_config"]))
@@ -59,17 +63,7 @@ def read_settings(directory: Path) -> Settings | None:
         return Settings(file, {"quant_method": "compressed-tensors", **config["compression_config"]})
     file = directory / "hf_quant_config.json"
     if file.is_file():
-        facts = _read(file).get("quantization") or {}
+        facts = read_json_object(file, fix=_FIX).get("quantization") or {}
         if facts.get("quant_algo"):
             return Settings(file, {"quant_method": "modelopt", **facts})
     return None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds a {type(data).__name__}; it must be a JSON object")
-    return data

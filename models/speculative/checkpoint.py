@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...graph.json_file import read_json_object
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The fields of config.json. Raises ValueError where there is none, or it is damaged."""
-    file = directory / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{directory} has no config.json; give the directory of a published checkpoint")
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download the checkpoint again") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file} holds a {type(facts).__name__}; allowed: an object of fields")
-    return facts
+    return read_json_object(
+        directory / "config.json", fix="give the directory of a published checkpoint, or download it again"
+    )
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
