@@ -52,8 +52,10 @@ class Settings:
 
 
 def read_settings(directory: Path) -> Settings | None:
-    """How the checkpoint in `directory` is quantized; None if it is not. Raises ValueError for a file
-    that holds no JSON object, or no config.json."""
+    """How the checkpoint in `directory` is quantized; None if it is not.
+
+    Raises ValueError where there is no config.json, or a file holds no JSON object.
+    """
     file = directory / "config.json"
     config = read_json_object(file, fix=_FIX)
     for holder in (config, config.get("text_config")):

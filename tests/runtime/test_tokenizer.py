@@ -45,6 +45,16 @@ def test_chat_template_from_config(make):
     assert not tokenizer.render_chat(MESSAGES, add_generation_prompt=False).endswith("assistant\n")
 
 
+def test_damaged_configs_are_refused_and_missing_ones_are_not(make, tmp_path):
+    make()
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json is not JSON .*; download the tokenizer again"):
+        Tokenizer.from_dir(tmp_path)
+    config.unlink()
+    assert Tokenizer.from_dir(tmp_path).special_tokens == {}
+
+
 def test_template_file_wins_over_config_and_named_templates(make, tmp_path):
     tokenizer = make(chat_template=[{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}])
     assert tokenizer.render_chat(MESSAGES) == "D"
