@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graph.weights import Weight
+from ..graph.weights import FileRange, Weight
 from .engine import Engine
 from .manifest import Manifest, hardware_of
 from .segment import Plan
@@ -318,12 +318,14 @@ def _stored_weights(path: Path, manifest: Manifest) -> dict[str, Weight]:
     from safetensors import SafetensorError, safe_open
 
     handles: dict[str, Any] = {}
+    begins: dict[str, dict[str, int]] = {}
     weights: dict[str, Weight] = {}
     by_name = {text: dtype for dtype, text in _ST_DTYPES.items()}
     for name, file in manifest.weights.items():
         try:
             if file not in handles:
                 handles[file] = safe_open(path / file, framework="pt")
+                begins[file] = tensor_offsets(path / file)
             part = handles[file].get_slice(name)
         except SafetensorError as error:
             raise ValueError(
@@ -333,5 +335,18 @@ def _stored_weights(path: Path, manifest: Manifest) -> dict[str, Weight]:
         def load(file: str = file, name: str = name) -> Tensor:
             return handles[file].get_tensor(name)
 
-        weights[name] = Weight(tuple(part.get_shape()), by_name[part.get_dtype()], load)
+        weights[name] = Weight(
+            tuple(part.get_shape()),
+            by_name[part.get_dtype()],
+            load,
+            stored_at=FileRange(path / file, begins[file][name]),
+        )
     return weights
+
+
+def tensor_offsets(file: Path) -> dict[str, int]:
+    """Where each tensor's bytes begin in a whole safetensors file (its header has been checked)."""
+    with open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}

@@ -21,6 +21,7 @@ from .buckets import MIXED_GRAPHS, captured_sizes, decode_sizes
 from .execution import Execution, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
+from .read_weights import weights_on
 from .segment import Plan
 from .split_steps import SplitSteps
 from .split_steps import graph_bytes as split_graph_bytes
@@ -183,7 +184,7 @@ class Engine:
                 opening = pool.submit(
                     open_engines, self.plan, self.manifest.engines, self.config.target, self.engine_dir, self.device
                 )
-                tensors = {name: self.weights[name].to(self.device) for name in self.plan.weight_names}
+                tensors = weights_on({name: self.weights[name] for name in self.plan.weight_names}, self.device)
                 lowered = opening.result()
             self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
             execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)

@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,13 +29,22 @@ those parts mean, dense) or {"stored": recipe, "part": a StoredPart}."""
 
 
 @dataclass(frozen=True)
+class FileRange:
+    """Where the bytes of a tensor lie in a file: row by row, little-endian, nothing between them."""
+
+    path: Path
+    offset: int
+    """Of the first byte."""
+
+
+@dataclass(frozen=True)
 class Weight:
     """One weight: shape, dtype and how to get it. `load` returns a CPU or device tensor of that shape and dtype.
 
     recipe: how it is made from the model's own weights, as plain data (see `from_recipe`), so that a cached build can be
     applied to other weights of the same model; None for a constant. make_on: as `load`, for a device that what it is made
     from is moved to first; None where it is not made from others. stored: the parts of a matrix that the checkpoint holds quantized
-    (`load` dequantizes it), or None.
+    (`load` dequantizes it), or None. stored_at: the place of just these bytes in a file, or None.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +53,7 @@ class Weight:
     recipe: Recipe | None = None
     make_on: Callable[[torch.device], Tensor] | None = None
     stored: StoredWeight | None = None
+    stored_at: FileRange | None = None
 
     @property
     def num_bytes(self) -> int:
