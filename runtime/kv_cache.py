@@ -207,6 +207,8 @@ class KVCacheManager:
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
         """Extend the block tables to num_tokens tokens in all groups; False (nothing changed) if blocks lack."""
+        if num_tokens <= request.kv_capacity:
+            return True
         missing = []
         for block_size, pool, table in zip(self._block_sizes, self.pools, request.block_ids):
             num_missing = -(-num_tokens // block_size) - len(table)

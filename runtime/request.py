@@ -159,6 +159,10 @@ class Request:
         Sets `finish_reason` and `stop_reason` when one ends it. A stop token counts only after `min_tokens` others;
         a token that stops and also reaches the length limit is a stop.
         """
+        if len(self.all_token_ids) + len(tokens) < self.max_total_tokens and self.stop_ids.isdisjoint(tokens):
+            self.output_token_ids.extend(tokens)
+            self.all_token_ids.extend(tokens)
+            return list(tokens)
         appended: list[int] = []
         for token in tokens:
             if token in self.stop_ids and len(self.output_token_ids) >= self.params.min_tokens:

@@ -299,7 +299,8 @@ class Runner:
                 end = row.start + row.num_tokens - row.request.num_prompt_tokens
                 states += [self._states[row.request.request_id]] * rows
                 if drafts is not None and row.num_draft_tokens:
-                    more += [end - rows + 1 + depth for depth in drafts.depths(row)]
+                    first = end - row.num_draft_tokens
+                    more += [first + depth for depth in drafts.depths(row)]
                 else:
                     more.append(end)
             step.states = states

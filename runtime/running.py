@@ -38,6 +38,8 @@ class RunningSet:
         self.decoding: Flags = np.zeros(capacity, dtype=np.bool_)
         self.limit: Ints = np.zeros(capacity, dtype=np.int64)
         """Most tokens of prompt and output."""
+        self._places: dict[Request, int] = {}
+        """Of the running requests; empty where nobody has asked since they changed."""
         self._decodes: tuple[Request, ...] | None = None
         self._last: Flags = np.zeros(0, dtype=np.bool_)
 
@@ -47,8 +49,15 @@ class RunningSet:
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
 
+    def index(self, request: Request) -> int:
+        """The index of a running request."""
+        if not self._places:
+            self._places = {running: index for index, running in enumerate(self.requests)}
+        return self._places[request]
+
     def append(self, request: Request) -> int:
         """Adds the latest arrival, at the beginning of its prompt, and returns its index."""
+        self._places = {}
         index = len(self.requests)
         self.requests.append(request)
         self.next[index] = request.num_computed_tokens
@@ -60,7 +69,7 @@ class RunningSet:
 
     def pop(self) -> Request:
         """Takes the latest arrival out."""
-        self._decodes = None
+        self._decodes, self._places = None, {}
         return self.requests.pop()
 
     def keep_running(self) -> None:
@@ -75,7 +84,7 @@ class RunningSet:
         kept = np.delete(np.arange(old), gone)
         for array in (self.next, self.planned, self.due, self.decoding, self.limit):
             array[: len(kept)] = array[kept]
-        self._decodes = None
+        self._decodes, self._places = None, {}
 
     def wanting_a_look(self) -> list[int]:
         """Indices of the requests that somebody has to look at, ascending."""

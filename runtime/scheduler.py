@@ -357,7 +357,7 @@ class Scheduler(Queues):
         if row is not None and row.num_draft_tokens:
             self._count_drafts(row, new_tokens)
         elif len(tokens) > 1:
-            self._running.due[self._running.requests.index(request)] = ALWAYS  # until it has caught up
+            self._running.due[self._running.index(request)] = ALWAYS  # until it has caught up
         finished = request.finish_reason is not None
         if finished or row is not None or request.reports_tokens:
             updates.append(RequestUpdate(request, new_tokens, finished))
@@ -367,7 +367,7 @@ class Scheduler(Queues):
     def _count_drafts(self, row: ScheduledRequest, new_tokens: Sequence[int]) -> None:
         """Counts what verification leaves as computed: the last known token and the accepted drafts."""
         request, running = row.request, self._running
-        index = running.requests.index(request)
+        index = running.index(request)
         computed = row.start + row.num_tokens - row.num_draft_tokens
         computed += _num_accepted(new_tokens, request.draft_token_ids, row.num_draft_tokens)
         running.next[index] = request.num_computed_tokens = computed

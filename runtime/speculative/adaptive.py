@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .cost import StepCosts, token_bucket
 
@@ -81,6 +82,11 @@ class AdaptiveLengths:
         found = self._requests.get(request_id)
         return self.acceptance if found is None else found.rate(self.acceptance)
 
+    def _rates(self, request_ids: Sequence[str]) -> npt.NDArray[np.float64]:
+        """[S] `acceptance_of` each request."""
+        prior, known = self.acceptance, self._requests
+        return np.array([known[name].rate(prior) if name in known else prior for name in request_ids])
+
     def release(self, request_id: str) -> None:
         """Forgets a request."""
         self._requests.pop(request_id, None)
@@ -133,7 +139,7 @@ class AdaptiveLengths:
         self, request_ids: Sequence[str], limits: Sequence[int], num_others: int, budget: int, base_s: float
     ) -> list[int]:
         num_base = len(limits) + num_others
-        rates = np.array([self.acceptance_of(name) for name in request_ids])
+        rates = self._rates(request_ids)
         best_rate, best = num_base / base_s * MIN_GAIN, (0, 0)
         depths = np.arange(1, max(limits, default=0) + 1)
         chances = np.where(depths <= np.array(limits)[:, None], rates[:, None] ** depths, 0.0)

@@ -45,7 +45,8 @@ class StepCosts:
         self._before: dict[tuple[int, int], float] = {}
         """Estimates of kinds that are measured again."""
         self._plane: tuple[float, float, float] | None = None
-        """Seconds of a step with drafts, of each of its tokens, and of each step of depth."""
+        self._is_fitted = True
+        """Whether `_plane` is that of the estimates, those of steps that are measured again included."""
 
     def observe(self, num_tokens: int, depth: int, seconds: float) -> None:
         """Takes in a step of decodes and verifications; `depth` is the most drafts of any request in it."""
@@ -60,7 +61,7 @@ class StepCosts:
             if before is not None and found < before:
                 self._speed_up(found / before)
             self._estimates[key] = found
-            self._plane = fit_plane({key: s for key, s in self._estimates.items() if key[0]})
+            self._is_fitted = False
 
     def measure_again(self, num_tokens: int, depth: int) -> None:
         """Forgets the times of a kind of step, since load changes.
@@ -68,6 +69,7 @@ class StepCosts:
         If it turns out faster, other kinds with drafts are expected to be faster by the same factor.
         """
         key = (depth, token_bucket(num_tokens))
+        self._fitted_plane()  # what is known now counts until the kind is known again
         self._samples.pop(key, None)
         before = self._estimates.pop(key, None)
         if before is not None:
@@ -86,10 +88,18 @@ class StepCosts:
         if known is not None:
             return known
         smaller = [s for (d, b), s in self._estimates.items() if d <= depth and b <= bucket]
-        if depth and smaller and self._plane is not None:
-            step, token, level = self._plane
+        plane = self._fitted_plane() if depth and smaller else None
+        if plane is not None:
+            step, token, level = plane
             smaller.append(_HOPE * (step + token * bucket + level * depth))
         return max(smaller, default=None)
+
+    def _fitted_plane(self) -> tuple[float, float, float] | None:
+        """Seconds of a step with drafts, of each of its tokens, and of each step of depth; fitted where somebody asks."""
+        if not self._is_fitted:
+            self._plane = fit_plane({key: s for key, s in self._estimates.items() if key[0]})
+            self._is_fitted = True
+        return self._plane
 
     def is_known(self, num_tokens: int, depth: int) -> bool:
         """Whether this kind of step has been measured."""

@@ -20,17 +20,21 @@ class SpeculativeMetrics:
     accepted: list[int] = field(default_factory=list)
     """How many of them were accepted."""
 
-    def count(self, num_drafts: int, num_accepted: int, num_tokens: int) -> None:
-        """Counts one verification of a request: `num_tokens` came out, `num_accepted` of `num_drafts` drafts among them."""
-        self.num_verifications += 1
-        self.num_verified_tokens += num_tokens
+    def count(self, num_drafts: int, num_accepted: int, num_tokens: int, times: int = 1) -> None:
+        """Counts one verification of a request: `num_tokens` came out, `num_accepted` of `num_drafts` drafts among them.
+
+        times: how many verifications came out like this.
+        """
+        self.num_verifications += times
+        self.num_verified_tokens += times * num_tokens
         missing = num_drafts - len(self.drafted)
         if missing > 0:
             self.drafted.extend([0] * missing)
             self.accepted.extend([0] * missing)
         for position in range(num_drafts):
-            self.drafted[position] += 1
-            self.accepted[position] += position < num_accepted
+            self.drafted[position] += times
+        for position in range(num_accepted):
+            self.accepted[position] += times
 
     def copy(self) -> SpeculativeMetrics:
         """The counts as of now."""

@@ -9,6 +9,7 @@ where it begins; while they do not, steps are planned ahead as without speculati
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -198,6 +199,7 @@ class Speculation:
         """Counts what became of drafts; what to tell the proposer of them, by index in the plan."""
         new_tokens = {id(update.request): len(update.new_token_ids) for update in updates}
         verified: dict[int, Verified] = {}
+        alike: Counter[tuple[int, int, int]] = Counter()
         for outcome in outcomes:
             row = plan.others[outcome.index - len(plan.decodes)]
             request, num_tokens = row.request, new_tokens.get(id(row.request), 0)
@@ -206,10 +208,12 @@ class Speculation:
                 continue  # it ended meanwhile
             num_drafts, num_accepted = outcome.depth, len(outcome.nodes)
             counted = min(num_accepted, num_tokens)  # it may have ended inside the drafts
-            for counts in (metrics, self.totals):
-                counts.count(num_drafts, counted, num_tokens)
+            metrics.count(num_drafts, counted, num_tokens)
+            alike[num_drafts, counted, num_tokens] += 1
             self.lengths.count(request.request_id, num_drafts, num_accepted)
             verified[outcome.index] = Verified(request, num_drafts, num_accepted, row.start, outcome.nodes)
+        for counts, times in alike.items():
+            self.totals.count(*counts, times)
         return verified
 
     def _add_hidden(

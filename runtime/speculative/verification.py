@@ -45,11 +45,11 @@ class StepDrafts:
             return None
         return tuple(self.drafts.parents[self.index[row.request.request_id]][: row.num_draft_tokens])
 
-    def depths(self, row: ScheduledRequest) -> list[int]:
+    def depths(self, row: ScheduledRequest) -> Sequence[int]:
         """Depth of each row of logits of a row of a plan: 0 of the last known token, and those of the drafts."""
         parents = self.parents(row)
         if parents is None:
-            return list(range(1 + row.num_draft_tokens))
+            return range(1 + row.num_draft_tokens)
         depths = [0]
         for parent in parents:
             depths.append(1 + depths[parent + 1])
@@ -104,8 +104,8 @@ class VerificationRows:
         self.at_R = at_R
         self._step = step
         self._requests: list[_Verified] = []
-        self._known: dict[int, int] = {}
-        self.parents_R: Ints = np.full(at_R.shape[0], -1, dtype=np.int64)
+        self._known_drafts: dict[int, int] | None = None
+        above: list[int] = []
         first = len(plan.decodes)
         for index, row in enumerate(plan.others, first):
             if not row.samples:
@@ -114,12 +114,13 @@ class VerificationRows:
             if count:
                 parents = step.parents(row)
                 self._requests.append(_Verified(index, first, row, parents, step.index[row.request.request_id]))
-                above = np.arange(count) - 1 if parents is None else np.array(parents, dtype=np.int64)
-                self.parents_R[first + 1 : first + 1 + count] = first + 1 + above
-                drafts = row.request.draft_token_ids[:count]
-                self._known.update(zip(range(first + 1, first + 1 + count), drafts))
+                above += range(first, first + count) if parents is None else [first + 1 + parent for parent in parents]
             first += 1 + count
         assert first == at_R.shape[0], f"{at_R.shape[0]} rows of logits; the plan has {first}"
+        self._firsts: Ints = np.array([item.first for item in self._requests], dtype=np.int64)
+        self._counts: Ints = np.array([item.row.num_draft_tokens for item in self._requests], dtype=np.int64)
+        self.parents_R: Ints = np.full(first, -1, dtype=np.int64)
+        self.parents_R[_ranges(self._firsts + 1, self._counts)] = above
         self._device = at_R.device
 
     # --- what rows see ------------------------------------------------------------------------------------------
@@ -142,12 +143,22 @@ class VerificationRows:
         index = upload(np.concatenate(seen), self._device)
         return upload(np.concatenate(places), self._device), self.at_R.index_select(0, index)
 
+    def _known(self) -> dict[int, int]:
+        """Row -> draft, of the host's copy of the drafts."""
+        if self._known_drafts is None:
+            self._known_drafts = {
+                item.first + number: token
+                for item in self._requests
+                for number, token in enumerate(item.row.request.draft_token_ids[: item.row.num_draft_tokens], 1)
+            }
+        return self._known_drafts
+
     def history(self, row: int) -> tuple[int, ...]:
         """The drafts that a row has in its history, in order, from the host's copy of the drafts."""
         found: list[int] = []
         while self.parents_R[row] >= 0:
             assert not self._step.on_device, "the values of these drafts are on the device"
-            found.append(self._known[row])
+            found.append(self._known()[row])
             row = int(self.parents_R[row])
         return tuple(reversed(found))
 
@@ -230,10 +241,9 @@ class VerificationRows:
 
     def follow(self, tokens_R: torch.Tensor) -> torch.Tensor:
         """[Q] int64 the last accepted draft of each request with drafts, counted from 1, 0 for none; on the device."""
-        counts = [item.row.num_draft_tokens for item in self._requests]
-        width = max(counts)
-        inside = np.arange(width) < np.array(counts)[:, None]
-        rows = np.where(inside, np.array([item.first + 1 for item in self._requests])[:, None] + np.arange(width), 0)
+        width = int(self._counts.max())
+        inside = np.arange(width) < self._counts[:, None]
+        rows = np.where(inside, self._firsts[:, None] + np.arange(1, width + 1), 0)
         above = np.where(inside, self.parents_R[rows], 0)
         chains = all(item.parents is None for item in self._requests)
         if chains and self._device.type == "cpu":  # where NumPy takes a tenth of the time
@@ -241,7 +251,7 @@ class VerificationRows:
             return torch.from_numpy(np.cumprod(same, axis=1, dtype=np.int64).sum(1))
         numbers = np.zeros_like(rows)
         if not chains:
-            numbers = np.where(inside, above - np.array([item.first for item in self._requests])[:, None], 0)
+            numbers = np.where(inside, above - self._firsts[:, None], 0)
         parts = upload(np.stack([rows, above, inside.astype(np.int64), numbers]), self._device)
         hits = (self.at_R[parts[0]] == tokens_R[parts[1]]) & (parts[2] > 0)
         return follow_chains(hits) if chains else follow_trees(hits, parts[3], width)
@@ -262,15 +272,24 @@ class VerificationRows:
         """What became of each request's drafts, from `follow` on the host."""
         found = []
         for item, last in zip(self._requests, last_Q.tolist()):
+            if item.parents is None:
+                path = tuple(range(item.first, item.first + last + 1))
+                found.append(Outcome(item.index, path, tuple(range(last)), item.row.num_draft_tokens))
+                continue
             nodes: list[int] = []
             node = last - 1
             while node >= 0:
                 nodes.append(node)
-                node = node - 1 if item.parents is None else item.parents[node]
+                node = item.parents[node]
             nodes.reverse()
-            if item.parents is not None:  # for the scheduler, a tree's drafts are those of the accepted path
-                drafts = item.row.request.draft_token_ids
-                item.row.request.draft_token_ids = [drafts[node] for node in nodes]
+            drafts = item.row.request.draft_token_ids  # for the scheduler, a tree's drafts are those of the accepted path
+            item.row.request.draft_token_ids = [drafts[node] for node in nodes]
             path = (item.first, *(item.first + 1 + node for node in nodes))
             found.append(Outcome(item.index, path, tuple(nodes), max(self._step.depths(item.row))))
         return found
+
+
+def _ranges(firsts: Ints, counts: Ints) -> Ints:
+    """The numbers firsts[i] .. firsts[i] + counts[i] - 1 of all i, one after another."""
+    ends = np.cumsum(counts)
+    return np.arange(int(counts.sum())) + np.repeat(firsts - (ends - counts), counts)
