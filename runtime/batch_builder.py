@@ -198,10 +198,13 @@ class BatchBuilder:
             row = self._rows.get(request.request_id)
             if row is None:
                 row = self._rows[request.request_id] = self._free_rows.pop()
-            for group in range(len(self._tables)):
-                self._learn(group, request, row)
             rows.append(row)
-        return np.array(rows, dtype=np.int64)
+        rows_O = np.array(rows, dtype=np.int64)
+        for group, source in enumerate(self._sources):
+            counts = np.array([len(request.block_ids[source]) for request, *_ in others], dtype=np.int64)
+            for i in np.flatnonzero(counts != self._known[group, rows_O]).tolist():
+                self._learn(group, others[i].request, rows[i])
+        return rows_O
 
     def _learn(self, group: int, request: Request, row: int) -> None:
         """Writes the blocks that are new; those that a window has left stay in the table, where nobody reads them."""
