@@ -6,16 +6,12 @@ On a GPU: `pytest -m gpu tests/gpu/test_linear.py -s`. Without one, Triton's int
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE, FP8_VALUES, HALF, INTERPRET, needs_cuda_graphs, require_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels import gemm, row_quantize  # noqa: E402
 from camshaft.export.kernels.gemm import Config  # noqa: E402
@@ -26,10 +22,7 @@ from camshaft.graph.quant_ops import quantize_rows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 ops = torch.ops.camshaft
-DEVICE = "cpu" if INTERPRET else "cuda"
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
 FP8 = torch.float8_e4m3fn
-CAST = torch.float32 if INTERPRET else FP8  # the interpreter truncates to fp8
 K, N = (192, 72) if INTERPRET else (4096, 6144)
 WIDTH = 32 if INTERPRET else 128
 
@@ -210,7 +203,7 @@ def test_add_rms_norm_quantize(rows: int, cast_first: bool, gain: bool) -> None:
     x, residual = torch.randn(2, 1, rows, 200).to(DEVICE, HALF)
     weight = torch.randn(200).to(DEVICE, HALF) if gain else None
     normed, total = ops.add_rms_norm(x, residual, weight, 1e-5, 0.0, cast_first)
-    out, scale, added = row_quantize.add_rms_norm_quantize(x, residual, weight, 1e-5, 0.0, cast_first, CAST)
+    out, scale, added = row_quantize.add_rms_norm_quantize(x, residual, weight, 1e-5, 0.0, cast_first, FP8_VALUES)
     assert torch.equal(added, total) and scale.shape == (1, rows, 1)
     _same_quantized((out.to(FP8), scale), quantize_rows(normed))
 
@@ -219,7 +212,7 @@ def test_add_rms_norm_quantize(rows: int, cast_first: bool, gain: bool) -> None:
 def test_glu_quantize(activation: str) -> None:
     torch.manual_seed(0)
     y = torch.randn(1, 3, 600).to(DEVICE, HALF)
-    out, scale = row_quantize.glu_quantize(y, activation, CAST)
+    out, scale = row_quantize.glu_quantize(y, activation, FP8_VALUES)
     _same_quantized((out.to(FP8), scale), quantize_rows(ops.glu(y, activation)))
 
 
@@ -228,7 +221,7 @@ def test_rows_of_zeros_are_quantized() -> None:
     assert (out.float() == 0).all() and (scale > 0).all()
 
 
-@pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
+@needs_cuda_graphs
 @pytest.mark.parametrize("dtype", [HALF, FP8], ids=str)
 def test_captured_in_a_cuda_graph(dtype: torch.dtype) -> None:
     """Products in a row, each the next one's input, replayed with new values: split sums wait rightly."""
@@ -270,13 +263,13 @@ def test_a_nan_stays_one(kernel: str, activation: str) -> None:
     x = torch.randn(3, 1200).to(DEVICE, HALF)
     x[1, 7] = float("nan")
     if kernel == "rows":
-        out, scale = row_quantize.quantize_rows(x, CAST)
+        out, scale = row_quantize.quantize_rows(x, FP8_VALUES)
     elif kernel == "norm":
-        out, scale, _ = row_quantize.add_rms_norm_quantize(x, torch.zeros_like(x), None, 1e-5, 0.0, False, CAST)
+        out, scale, _ = row_quantize.add_rms_norm_quantize(x, torch.zeros_like(x), None, 1e-5, 0.0, False, FP8_VALUES)
     elif kernel == "glu":
-        out, scale = row_quantize.glu_quantize_whole(x, activation, CAST)
+        out, scale = row_quantize.glu_quantize_whole(x, activation, FP8_VALUES)
     else:
-        out, scale = row_quantize.glu_quantize_parts(x, activation, CAST, part=256)
+        out, scale = row_quantize.glu_quantize_parts(x, activation, FP8_VALUES, part=256)
     assert scale.isnan().flatten().tolist() == [False, True, False]
     assert out[1].float().isnan().all() and out[::2].float().isfinite().all()
 
@@ -286,8 +279,8 @@ def test_parts_of_a_row_give_the_same_bits(activation: str) -> None:
     torch.manual_seed(0)
     for rows, width in ((1, 1536), (5, 768), (64, 14336)) if not INTERPRET else ((2, 300),):
         y = 3 * torch.randn(rows, 2 * width).to(DEVICE, HALF)
-        whole = row_quantize.glu_quantize_whole(y, activation, CAST)
-        parts = row_quantize.glu_quantize_parts(y, activation, CAST, part=64 if INTERPRET else row_quantize.PART)
+        whole = row_quantize.glu_quantize_whole(y, activation, FP8_VALUES)
+        parts = row_quantize.glu_quantize_parts(y, activation, FP8_VALUES, part=64 if INTERPRET else row_quantize.PART)
         assert torch.equal(whole[0].float(), parts[0].float()) and torch.equal(whole[1], parts[1])
 
 

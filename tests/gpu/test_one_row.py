@@ -6,16 +6,12 @@ On a GPU: `pytest -m gpu tests/gpu/test_one_row.py -s`. Without one, Triton's in
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE, FP8_VALUES, HALF, INTERPRET, require_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels import gemm, row_quantize  # noqa: E402
 from camshaft.export.kernels.gemm import Config  # noqa: E402
@@ -26,11 +22,8 @@ from camshaft.graph.quant_ops import quantize_rows  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 ops = torch.ops.camshaft
-DEVICE = "cpu" if INTERPRET else "cuda"
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
 HALVES = [torch.float16] if INTERPRET else [torch.float16, torch.bfloat16]
 FP8 = torch.float8_e4m3fn
-CAST = torch.float32 if INTERPRET else FP8  # the interpreter truncates to fp8
 K, N = (192, 72) if INTERPRET else (4096, 6144)
 WIDTH = 32 if INTERPRET else 256
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -138,12 +131,12 @@ def test_quantize_rows(rows: int, width: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, rows, width).to(DEVICE, HALF)
     x[0, 0, 0] = 0
-    out, scale = row_quantize.quantize_rows(x, CAST)
+    out, scale = row_quantize.quantize_rows(x, FP8_VALUES)
     wanted, steps = quantize_rows(x)
     assert scale.shape == (1, rows, 1)
     torch.testing.assert_close(scale, steps, rtol=2e-7, atol=0)  # CUDA's torch divides by 448 by its rounded reciprocal
     same_quantized((out.to(FP8), scale), (wanted, steps))
-    out, scale = row_quantize.quantize_rows(torch.zeros(2, 64, dtype=HALF, device=DEVICE), CAST)
+    out, scale = row_quantize.quantize_rows(torch.zeros(2, 64, dtype=HALF, device=DEVICE), FP8_VALUES)
     assert (out.float() == 0).all() and (scale > 0).all()
 
 
@@ -152,9 +145,9 @@ def test_gates_in_parts(activation: str) -> None:
     """Equal to the last bit, whether a program owns a row or a part of it."""
     torch.manual_seed(0)
     y = torch.randn(1, 3, 600).to(DEVICE, HALF)
-    out, scale = row_quantize.glu_quantize_parts(y, activation, CAST, part=64)
+    out, scale = row_quantize.glu_quantize_parts(y, activation, FP8_VALUES, part=64)
     same_quantized((out.to(FP8), scale), quantize_rows(ops.glu(y, activation)))
-    whole, steps = row_quantize.glu_quantize_whole(y, activation, CAST)
+    whole, steps = row_quantize.glu_quantize_whole(y, activation, FP8_VALUES)
     assert torch.equal(out.float(), whole.float()) and torch.equal(scale, steps)
 
 

@@ -7,17 +7,14 @@ compared loosely there, and it has no fp8 products.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from triton_cases import DEVICE, FP8_VALUES, HALF, INTERPRET, needs_cuda_graphs, require_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels.gemm_tiled import TiledConfig  # noqa: E402
 from camshaft.export.kernels.quantized import linear, tables  # noqa: E402
@@ -35,8 +32,6 @@ from camshaft.graph.quantized_linear import quantize_activations  # noqa: E402
 from camshaft.graph.quantized_linear import quantized_linear as definition  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRET else "cuda"
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
 N, K = (72, 256) if INTERPRET else (1040, 4096)
 ROWS = (1, 70) if INTERPRET else (1, 2, 3, 8, 33, 64, 65, 256, 600, 2048)
 WEIGHTS = (
@@ -270,7 +265,7 @@ def test_int4_by_fp8(text: str) -> None:
     step = step_of(weight)
     assert step is not None
     x = rows_of(20)
-    planes, scale, sums = quantize_planes(x, None, step, torch.float32 if INTERPRET else torch.float8_e4m3fn)
+    planes, scale, sums = quantize_planes(x, None, step, FP8_VALUES)
     config = PackedFp8Config(block_m=16, block_n=32, warps=4) if INTERPRET else PackedFp8Config()
     actual = multiply_packed_fp8(planes, weight, sums, scale, None, HALF, config)
     rounded = torch.stack((planes.float()[:, : K // 2], planes.float()[:, K // 2 :]), -1).flatten(1) * scale[:, None]
@@ -281,7 +276,7 @@ def test_int4_by_fp8(text: str) -> None:
 def test_fp8_in_blocks() -> None:
     format = LinearFormat.parse("fp8:block128/fp8_block")
     parts = weight_of(format, 200, 320)
-    x = round_rows(rows_of(20, 320), "fp8_block", None, torch.float32 if INTERPRET else torch.float8_e4m3fn)
+    x = round_rows(rows_of(20, 320), "fp8_block", None, FP8_VALUES)
     assert x.group_scale is not None
     config = TiledConfig(block_m=64, block_n=64, block_k=128, warps=4)
     weight = parts.values.float() if INTERPRET else parts.values
@@ -310,7 +305,7 @@ def test_what_kernels_cannot_read_runs_by_the_definition(caplog: pytest.LogCaptu
     assert "rows of 30 bytes" in caplog.text
 
 
-@pytest.mark.skipif(INTERPRET, reason="needs CUDA graphs")
+@needs_cuda_graphs
 def test_a_prepared_layer_can_be_captured() -> None:
     text = "int4:g128/none"
     parts = weight_of(LinearFormat.parse(text))

@@ -8,17 +8,14 @@ Without one, Triton's interpreter runs the same cases on the CPU: `TRITON_INTERP
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import pytest
 import torch
 from paged_attention_cases import Case, dense_attention, make_case
+from triton_cases import DEVICE, HALF, INTERPRET, TOLERANCE, needs_cuda_graphs, needs_dispatch, require_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels import dispatch, triton  # noqa: E402
 from camshaft.export.kernels.state import AttentionState  # noqa: E402
@@ -26,10 +23,6 @@ from camshaft.export.kernels.triton.attention import num_processors  # noqa: E40
 from camshaft.export.kernels.triton.configs import DecodeConfig, num_splits  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRET else "cuda"
-# bfloat16 and float16: the weights and the output are rounded to 8 and 11 bits; float32: no TF32, plain rounding.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
 DTYPES = [torch.float16, torch.float32] if INTERPRET else [torch.bfloat16, torch.float16, torch.float32]
 MIXED = [(1, 37), (5, 5), (0, 0), (130, 200), (1, 1), (17, 90), (1, 64), (64, 128)]
 DECODE = [(1, n) for n in (1, 2, 15, 16, 17, 63, 64, 65, 150)]
@@ -270,7 +263,7 @@ def test_random_batches(seed: int) -> None:
     check(case, torch.float32)
 
 
-@pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
+@needs_cuda_graphs
 @pytest.mark.parametrize("lengths", [MIXED, LONG], ids=["mixed", "decode"])
 def test_captured_in_a_cuda_graph(lengths: list[tuple[int, int]]) -> None:
     """Captured with one batch, replayed with another of the same sizes: no launch depends on the data."""
@@ -295,7 +288,7 @@ def test_captured_in_a_cuda_graph(lengths: list[tuple[int, int]]) -> None:
     torch.testing.assert_close(out.cpu().double(), expected, rtol=1.6e-2, atol=1.6e-2)
 
 
-@pytest.mark.skipif(INTERPRET, reason="dispatch picks by device")
+@needs_dispatch
 def test_dispatch_picks_triton_on_cuda() -> None:
     check(make_case(MIXED, device=DEVICE), torch.float32, kernel=dispatch.paged_attention)
     assert dispatch.describe()["cuda"]["available"]

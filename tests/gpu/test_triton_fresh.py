@@ -5,17 +5,14 @@ Without a GPU: `TRITON_INTERPRET=1 pytest tests/gpu/test_triton_fresh.py` runs t
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from paged_attention_cases import Case, dense_attention, make_case
+from triton_cases import DEVICE, HALF, TOLERANCE, needs_cuda_graphs, require_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels import triton  # noqa: E402
 from camshaft.export.kernels.rope import Rope  # noqa: E402
@@ -25,9 +22,6 @@ from camshaft.export.kernels.triton.prefill_config import FreshConfig, fresh_con
 from camshaft.export.kernels.triton.write import ALL, CONTINUING, FRESH  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRET else "cuda"
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 TILES = FreshConfig(block_m=64, block_n=32, num_warps=4, num_stages=2)
 MIXED = [(1, 37), (70, 70), (0, 0), (30, 70), (1, 1), (33, 33), (17, 17), (2, 2), (1, 90), (100, 100)]
 
@@ -158,7 +152,7 @@ def test_what_it_cannot_read() -> None:
         case.call(triton.paged_attention, fresh=TILES)
 
 
-@pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
+@needs_cuda_graphs
 def test_captured_in_a_cuda_graph() -> None:
     """Captured with one batch, replayed with other lengths, some of them no longer fresh."""
     captured = make_case([(100, 100), (60, 60), (1, 90), (30, 30)], dim=64, dtype=HALF, device=DEVICE, seed=1)

@@ -5,17 +5,23 @@ Without a GPU: `TRITON_INTERPRET=1 pytest tests/gpu/test_triton_rope.py` runs th
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from paged_attention_cases import Case, make_case
+from triton_cases import (
+    DEVICE,
+    HALF,
+    INTERPRET,
+    TOLERANCE,
+    check_against_reference,
+    needs_cuda_graphs,
+    needs_dispatch,
+    require_triton,
+)
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels import dispatch, reference, triton  # noqa: E402
 from camshaft.export.kernels.rope import Rope  # noqa: E402
@@ -23,9 +29,6 @@ from camshaft.export.kernels.state import AttentionState  # noqa: E402
 from camshaft.export.kernels.triton.configs import DecodeConfig  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRET else "cuda"
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 MIXED = [(1, 37), (5, 5), (0, 0), (30, 70), (1, 1), (17, 90)]
 DECODE = [(1, n) for n in (1, 2, 16, 17, 65)]
 SPLIT = [(1, 1500), (0, 0), (1, 700)]
@@ -40,23 +43,12 @@ def angles(case: Case, rotated: int, dtype: torch.dtype, *, interleaved: bool = 
     return Rope(wide[0, :, :rotated], wide[1, :, :rotated], interleaved)
 
 
-def check(case: Case, rope: Rope, **more: Any) -> None:
-    """Results equal the reference's, caches to the last bit; rows that write nothing change nothing."""
-    expected_case, dtype = case.clone(), case.tensors["q"].dtype
-    expected = expected_case.call(reference.paged_attention, rope=rope)
-    out = case.call(triton.paged_attention, rope=rope, **more)
-    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    for name in ("k_cache", "v_cache"):
-        got, want = (entry.tensors[name].float() for entry in (case, expected_case))
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("lengths", [MIXED, DECODE], ids=["mixed", "decode"])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("dim,rotated", [(64, 64), (64, 16), (80, 20), (128, 128), (10, 4)])
 def test_whole_and_partial(lengths: list[tuple[int, int]], interleaved: bool, dim: int, rotated: int) -> None:
     case = make_case(lengths, dim=dim, dtype=HALF, device=DEVICE, padding=2)
-    check(case, angles(case, rotated, HALF, interleaved=interleaved))
+    check_against_reference(case, rope=angles(case, rotated, HALF, interleaved=interleaved))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["half", "fp8"])
@@ -85,7 +77,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_options(options: dict[str, Any], dtype: torch.dtype, angle_dtype: torch.dtype) -> None:
     for lengths in (MIXED, DECODE):
         case = make_case(lengths, dim=32, dtype=dtype, device=DEVICE, **options)
-        check(case, angles(case, 32, angle_dtype))
+        check_against_reference(case, rope=angles(case, 32, angle_dtype))
 
 
 @pytest.mark.parametrize("lengths", [MIXED, DECODE], ids=["mixed", "decode"])
@@ -96,27 +88,27 @@ def test_fp8_cache(lengths: list[tuple[int, int]]) -> None:
     if INTERPRET:  # which does not round to the nearest fp8 number: quarter turns need no rounding
         rope = Rope(rope.cos.round(), torch.where(rope.cos.round() == 0, 1.0, 0.0).to(HALF), rope.interleaved)
     case.tensors["k"][0, 0] = 5000.0
-    check(case, rope)
+    check_against_reference(case, rope=rope)
     slot = int(case.tensors["slot_mapping"][0])
     assert case.tensors["k_cache"][slot // 16, slot % 16, 0].float().abs().max() == 448
 
 
 def test_split_keys() -> None:
     case = make_case(SPLIT, dim=32, dtype=torch.float32, device=DEVICE)
-    check(case, angles(case, 32, torch.float32))
+    check_against_reference(case, rope=angles(case, 32, torch.float32))
 
 
 @pytest.mark.parametrize("lengths", [MIXED, DECODE], ids=["mixed", "decode"])
 def test_batch_invariant(lengths: list[tuple[int, int]]) -> None:
     case = make_case(lengths, dim=64, dtype=HALF, device=DEVICE, padding=1)
-    check(case, angles(case, 64, HALF), batch_invariant=True)
+    check_against_reference(case, rope=angles(case, 64, HALF), batch_invariant=True)
 
 
 def test_layers_of_a_step_share_the_state() -> None:
     state = AttentionState()
     for seed in range(2):
         case = make_case(MIXED, dim=32, device=DEVICE, seed=seed)
-        check(case, angles(case, 32, torch.float32), state=state)
+        check_against_reference(case, rope=angles(case, 32, torch.float32), state=state)
 
 
 def test_queries_stay_as_they_are() -> None:
@@ -127,7 +119,7 @@ def test_queries_stay_as_they_are() -> None:
         assert torch.equal(case.tensors["q"], before)
 
 
-@pytest.mark.skipif(INTERPRET, reason="dispatch picks by device")
+@needs_dispatch
 def test_dispatch() -> None:
     case = make_case(MIXED, dim=64, dtype=HALF, device=DEVICE)
     rope = angles(case, 64, HALF)
@@ -135,7 +127,7 @@ def test_dispatch() -> None:
     assert torch.equal(case.call(dispatch.paged_attention, rope=rope), other.call(triton.paged_attention, rope=rope))
 
 
-@pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
+@needs_cuda_graphs
 @pytest.mark.parametrize("lengths", [MIXED, SPLIT], ids=["mixed", "decode"])
 def test_captured_in_a_cuda_graph(lengths: list[tuple[int, int]]) -> None:
     """Captured once, replayed with other queries, keys and angles of the same sizes."""

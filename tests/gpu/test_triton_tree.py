@@ -5,38 +5,21 @@ Without a GPU: `TRITON_INTERPRET=1 pytest tests/gpu/test_triton_tree.py` runs th
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-from paged_attention_cases import Case, make_case
+from paged_attention_cases import make_case
+from triton_cases import DEVICE, HALF, TOLERANCE, check_against_reference, needs_cuda_graphs, require_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels import reference, triton  # noqa: E402
 from camshaft.export.kernels.rope import Rope  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRET else "cuda"
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 TREES = [(1, 37), (9, 90), (5, 5), (64, 130), (1, 1), (80, 80), (5, 21)]
 FEW = [(6, 70), (1, 40), (4, 19)]
-
-
-def check(case: Case, **more: Any) -> None:
-    """Results and caches equal the reference's."""
-    expected_case, dtype = case.clone(), case.tensors["q"].dtype
-    expected = expected_case.call(reference.paged_attention, rope=more.get("rope"))
-    out = case.call(triton.paged_attention, **more)
-    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    for name in ("k_cache", "v_cache"):
-        got, want = (entry.tensors[name].float() for entry in (case, expected_case))
-        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -50,25 +33,25 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()))
 def test_options(options: dict[str, Any]) -> None:
-    check(make_case(TREES, trees=True, device=DEVICE, **options))
+    check_against_reference(make_case(TREES, trees=True, device=DEVICE, **options))
 
 
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["half", "fp8"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_half(dim: int, cache_dtype: torch.dtype | None) -> None:
     case = make_case(FEW, trees=True, heads=8, dim=dim, dtype=HALF, cache_dtype=cache_dtype, device=DEVICE, padding=2)
-    check(case)
+    check_against_reference(case)
 
 
 def test_rope_is_applied_first() -> None:
     case = make_case(FEW, trees=True, dim=32, device=DEVICE)
     angle = torch.rand(case.tensors["q"].shape[0], 16, device=DEVICE).repeat(1, 2)
-    check(case, rope=Rope(angle.cos(), angle.sin(), False))
+    check_against_reference(case, rope=Rope(angle.cos(), angle.sin(), False))
 
 
 def test_batch_invariant() -> None:
     case = make_case(TREES, trees=True, window=20, device=DEVICE)
-    check(case, batch_invariant=True)
+    check_against_reference(case, batch_invariant=True)
 
 
 def test_masks_of_zeros_are_texts() -> None:
@@ -88,7 +71,7 @@ def test_slots_are_copied_all_at_once(dim: int) -> None:
     assert all(torch.equal(cache, want) for cache, want in zip(caches, expected))
 
 
-@pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
+@needs_cuda_graphs
 def test_captured_in_a_cuda_graph() -> None:
     """Captured once, replayed with other trees of the same sizes."""
     case = make_case(TREES, trees=True, dim=64, dtype=HALF, device=DEVICE, seed=1)
