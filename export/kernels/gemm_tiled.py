@@ -1,8 +1,6 @@
 """Products of many rows on the tensor cores: y [T, N] = x [T, K] @ weight [N, K]^T, tiles fetched by the tensor memory accelerator.
 
-    program p: tiles p, p + programs, ...          tiles in groups of GROUP rows of tiles, so that neighbours share weights:
-                                                   0 2 4 |       rows of tiles (T) down, columns (N) to the right, GROUP = 2
-                                                   1 3 5 |
+    program p: tiles p, p + programs, ... in the order of `tile_order`: groups of GROUP rows of tiles, neighbours share weights
     tile [BLOCK_M, BLOCK_N]: the sum over K runs from 0 to K in steps of BLOCK_K, in one fp32 accumulator, never split
 
 So a row's result depends on that row, the weight and the configuration: with the configuration fixed, not on T nor on other rows
@@ -24,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .gemm_skinny import on_device
+from .tile_order import grouped_tile
 
 ALIGNMENT_BYTES = 16
 """What addresses and row lengths of both operands must be multiples of."""
@@ -50,11 +49,8 @@ def _tiled_kernel(
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, programs, flatten=True):
-        per_group = GROUP * tiles_n
-        group_m = tile // per_group * GROUP
-        height = tl.minimum(tiles_m - group_m, GROUP)
-        m0 = (group_m + tile % per_group % height) * BLOCK_M
-        n0 = tile % per_group // height * BLOCK_N
+        tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
+        m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if INTEGER else tl.float32)
         for step in range(tl.cdiv(K, BLOCK_K)):
             rows = x.load([m0, step * BLOCK_K])  # zeros beyond the tensor

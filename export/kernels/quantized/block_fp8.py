@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..gemm_skinny import on_device
 from ..gemm_tiled import ALIGNMENT_BYTES, TiledConfig
+from ..tile_order import grouped_tile
 
 BLOCK = 128
 """Values along K, and rows of the weight, that share a scale; the step of K."""
@@ -32,12 +33,8 @@ def _block_fp8_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0)
-    per_group = GROUP * tiles_n
-    group_m = tile // per_group * GROUP
-    height = tl.minimum(tiles_m - group_m, GROUP)
-    m0 = (group_m + tile % per_group % height) * BLOCK_M
-    n0 = tile % per_group // height * BLOCK_N
+    tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
     m, n = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
     keep_m, keep_n = m < num_rows, n < N
     steps = tl.cdiv(K, _BLOCK)
