@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..graph.weights import Weight
 from .buckets import MIXED_GRAPHS, captured_sizes, decode_sizes
-from .execution import Execution, open_engines
+from .execution import Execution, Opened, open_engines
 from .manifest import BuildConfig, Manifest
 from .native_step import NativeStep, make_native_step, outlook
 from .read_weights import weights_on
@@ -187,11 +187,10 @@ class Engine:
                 tensors = weights_on({name: self.weights[name] for name in self.plan.weight_names}, self.device)
                 lowered = opening.result()
             self._native, self._native_line = make_native_step(self.plan, self.manifest, tensors)
-            execution = Execution(self.plan, self.manifest, tensors, lowered, self.engine_dir, self.device)
+            opened = Opened(self.manifest, lowered, tensors, self.engine_dir, self.device)
+            execution = Execution(self.plan, opened)
             if self.early_exit is not None:
-                self._split = SplitSteps(
-                    self.plan, self.manifest, tensors, lowered, self.engine_dir, execution, self._native
-                )
+                self._split = SplitSteps(self.plan, opened, execution, self._native)
             self._execution = execution
             if self.device.type == "cuda":
                 self.weights = {name: Weight.from_tensor(tensor) for name, tensor in tensors.items()}  # not the sources

@@ -8,6 +8,7 @@ On CUDA a step is a graph that was captured for its shape (`cuda_graphs`); other
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,37 +95,43 @@ class StepSizes:
         return count
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """An engine that has been opened: what executions of its plan, and of parts of it, are made of."""
+
+    manifest: Manifest
+    lowered: Mapping[str, Lowered]
+    """Segment -> what `open_engines` opened."""
+    weights: Mapping[str, Tensor]
+    """Name -> tensor on `device`."""
+    directory: Path
+    """Of the engine files."""
+    device: torch.device
+
+
 class Execution:
     """A plan with its weights on the device, KV caches and, on CUDA, captured decode steps.
 
-    weights: name -> tensor on `device`. lowered: what `open_engines` opened. directory: of the engine files. like: the execution of
-    another plan of the same engine, whose stream, bound segments and graphs' memory are shared: the two run one after another.
+    like: the execution of another plan of the same engine, whose stream, bound segments and graphs' memory are shared: the two run one
+    after another.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        manifest: Manifest,
-        weights: Mapping[str, Tensor],
-        lowered: Mapping[str, Lowered],
-        directory: Path,
-        device: torch.device,
-        like: Execution | None = None,
-    ) -> None:
-        self.device = device
+    def __init__(self, plan: Plan, opened: Opened, like: Execution | None = None) -> None:
+        manifest = opened.manifest
+        self.device = device = opened.device
         self._has_logits = plan.has_logits
         self._hidden_input = plan.hidden_input
         self._manifest = manifest
-        self._directory = directory
+        self._directory = opened.directory
         self._inputs = list(plan.inputs)
         target = manifest.build.target
-        self._lowered = lowered
+        self._lowered = opened.lowered
         names = {file.target for file in manifest.engines} or {target}
         self._sizes = StepSizes(
             plan, self._lowered, manifest.build.buckets, max(get_target(name).fewest_tokens(device) for name in names)
         )
         self.executor: Executor = Executor(
-            plan, self._lowered, weights, batch_invariant=manifest.build.batch_invariant,
+            plan, self._lowered, opened.weights, batch_invariant=manifest.build.batch_invariant,
             like=None if like is None else like.executor,
         )  # fmt: skip
         self._graphs: StepGraphs | None = None

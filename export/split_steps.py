@@ -10,20 +10,17 @@ See passes/split_early_exit.py for the graphs. All of them share weights, lowere
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .buckets import VERIFY_SIZES
-from .execution import Execution
+from .execution import Execution, Opened
 from .manifest import Manifest
 from .native_step import NativeStep, make_native_part
 from .segment import Plan
 from .step_outputs import StepOutputs
-from .targets.base import Lowered
 
 Caches = list[tuple[Tensor, Tensor]]
 
@@ -43,22 +40,13 @@ class _Part:
 class SplitSteps:
     """The draft and verify graphs of a plan with the parts early, exit and late.
 
-    whole, native: what runs the whole plan. weights, lowered, directory: as `Execution` takes them.
+    opened: the engine of the plan. whole, native: what runs the whole plan.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        manifest: Manifest,
-        weights: Mapping[str, Tensor],
-        lowered: Mapping[str, Lowered],
-        directory: Path,
-        whole: Execution,
-        native: NativeStep | None,
-    ) -> None:
+    def __init__(self, plan: Plan, opened: Opened, whole: Execution, native: NativeStep | None) -> None:
         def part(of: Plan) -> _Part:
-            execution = Execution(of, manifest, weights, lowered, directory, whole.device, like=whole)
-            return _Part(execution, None if native is None else make_native_part(of, manifest, native))
+            native_part = None if native is None else make_native_part(of, opened.manifest, native)
+            return _Part(Execution(of, opened, like=whole), native_part)
 
         early, exit, late = (plan.parts[name] for name in ("early", "exit", "late"))
         self._draft = part(early.then(exit, {"hidden": early.outputs[0]}))

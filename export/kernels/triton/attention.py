@@ -7,6 +7,7 @@ nothing is read back and no allocation depends on data: a step can be captured i
                           tiles (once a step)        which rows of which sequences make a tile
                           prefill                    sequences with two rows or more, or of them
                           prefill_fresh, prefill     those without cached tokens, whose keys are rows of the step; and the rest
+                          FlashAttention, prefill    the same where that package is installed
     batch_invariant       write, tiles, prefill      every row alike: the same key blocks in the same order
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import flash
 from ..checks import check_arguments
 from ..rope import Rope
 from ..state import AttentionState
@@ -180,7 +182,7 @@ def paged_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a head size above 512, a scale that is not positive; `fresh`
-            for tensors that its kernel cannot read.
+            for tensors that its kernel cannot read, or FlashAttention where it does not serve them.
     """
     check_arguments(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
@@ -209,25 +211,39 @@ def paged_attention(
             _decode(call, decode, max_seq_len, state, write=True)
             return out
         paged = batch_invariant or max_query_len < FEWEST_ROWS or tree_mask is not None
-        tiles = None if paged else _fresh_tiles(call, fresh)
-        call = _write(call, keep_keys=tiles is not None)
+        way = None if paged else _fresh_way(call, fresh, max_query_len)
+        call = _write(call, keep_keys=way is not None)
         if max_query_len and call.num_seqs:
             if not batch_invariant:
                 _decode(call, decode, max_seq_len, state, write=False)
-            if tiles is not None:
-                _prefill_fresh(call, tiles, state)
+            if way == "flash":
+                flash.attend_fresh(
+                    call.q, call.k, v, out, query_start, seq_lens, scale=scale, window=window, max_query_len=max_query_len,
+                    state=state,
+                )  # fmt: skip
+            elif way is not None:
+                _prefill_fresh(call, way, state)
             _prefill(
-                call, prefill, None if batch_invariant else max_query_len, state, ALL if tiles is None else CONTINUING
+                call, prefill, None if batch_invariant else max_query_len, state, ALL if way is None else CONTINUING
             )
     return out
 
 
-def _fresh_tiles(call: _Call, fresh: Fresh) -> FreshConfig | None:
-    """Tiles for the sequences without cached tokens; None if they are read from the cache."""
-    if fresh is None:
-        return fresh_config(call.q, call.k, call.v, call.rope)
+def _fresh_way(call: _Call, fresh: Fresh, max_query_len: int) -> FreshConfig | Literal["flash"] | None:
+    """How the sequences without cached tokens are served: by FlashAttention, with tiles, or (None) from the cache."""
     if fresh == "paged":
         return None
+    if not isinstance(fresh, FreshConfig):
+        reason = flash.why_not_flash(
+            call.q, call.k, call.v, softcap=call.softcap, sinks=call.sinks, alibi=call.alibi_slopes
+        )
+        if fresh == "flash":
+            if reason:
+                raise ValueError(f"paged_attention: fresh='flash': {reason}")
+            return "flash"
+        if not reason and max_query_len >= flash.FEWEST_ROWS:
+            return "flash"
+        return fresh_config(call.q, call.k, call.v, call.rope)
     reason = why_not_fresh(call.q, call.k, call.v, call.rope)
     if reason or call.group > fresh.block_m:
         raise ValueError(

@@ -36,8 +36,9 @@ class FreshConfig:
     """Of a thread; fewer let two programs of 8 warps share a processor, one computing weights while the other multiplies."""
 
 
-Fresh = FreshConfig | Literal["paged"] | None
-"""Tiles for fresh sequences, or that they are read from the cache like all others; None: what `fresh_config` says."""
+Fresh = FreshConfig | Literal["paged", "flash"] | None
+"""Tiles for fresh sequences, or that they are read from the cache like all others, or go to FlashAttention (`kernels/flash.py`);
+None: FlashAttention where it serves them, otherwise what `fresh_config` says."""
 
 _FRESH_CONFIGS: dict[int, FreshConfig] = {}  # wider head size -> config; none has been measured yet
 
