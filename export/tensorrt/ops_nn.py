@@ -101,33 +101,43 @@ def _rope(b: Builder, out: Spec, x: Value, cos: Value, sin: Value, interleaved: 
 
 
 # ----------------------------------------------------------------------------------------------------------- products
-_WIDE, _LONG = 16384, 2048
-"""Columns from which a product is never cut, and summed elements from which it may be."""
+_WIDE, _LONG, _LONGEST = 16384, 2048, 8192
+"""Columns from which a product of more than a few rows is not cut, summed elements from which it may be, and from which it
+is cut for one row too."""
 
 
 def _linear(b: Builder, out: Spec, x: Value, weight: Value, bias: Value | None = None) -> Value:
     if len(weight.shape) != 2:
         raise UnsupportedError(f"linear with a weight {list(weight.shape)}")
     rows = b.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
-    parts = _num_parts(rows, weight)
-    made = _in_parts(b, rows, weight, parts) if parts > 1 else b.matmul(rows, weight, transpose_y=True)
+    made = _product(b, rows, weight)
     if bias is not None:
         made = b.elementwise("SUM", made, bias, out.dtype)
     return b.reshape(made, out.shape)
 
 
-def _num_parts(x: Value, weight: Value) -> int:
-    """Into how many parts the summed dimension is cut, so that few rows keep a whole GPU busy.
+def _product(b: Builder, x: Value, weight: Value) -> Value:
+    """x [M, K] @ weight [N, K].T, in the form that TensorRT runs fastest: it has no good kernels of its own for few rows.
 
-    TensorRT has no such kernels. Measured on an H200 with a layer of Llama-3.1-8B in bf16, 1 to 256 rows: four parts win
-    to 32 rows and lose at 64, two win at 128 and 256; wide results (28,672 columns) are enough work as they are.
+    Measured on an H200 with the products of a layer of Llama-3.1-8B in bf16. One row: as multiplications and a sum, for which it
+    makes one kernel, 14% faster than a product (4,096 summed; not 14,336). Four parts of the summed dimension win to 32 rows and
+    lose at 64, two win at 128 and 256; results of 28,672 columns are enough work as they are from 16 rows on.
     """
     count, (columns, summed) = x.shape[0], weight.shape
-    if x.dtype not in HALF or columns > _WIDE or summed < _LONG or summed % 4:
-        return 1
-    if count <= 32:
-        return 4
-    return 2 if 64 < count <= 256 else 1
+    if x.dtype not in HALF or summed < _LONG:
+        return b.matmul(x, weight, transpose_y=True)
+    if count == 1 and summed < _LONGEST:
+        return _as_sum(b, x, weight)
+    parts = 4 if count <= (8 if columns > _WIDE else 32) else 2 if 64 < count <= 256 and columns <= _WIDE else 1
+    if parts == 1 or summed % parts:
+        return b.matmul(x, weight, transpose_y=True)
+    return _in_parts(b, x, weight, parts)
+
+
+def _as_sum(b: Builder, x: Value, weight: Value) -> Value:
+    """x [1, K] @ weight [N, K].T as multiplications and sums, in float32."""
+    products = b.elementwise("PROD", b.cast(x, torch.float32), b.cast(weight, torch.float32), torch.float32)
+    return b.cast(b.reshape(b.reduce("SUM", products, [1], False), (1, weight.shape[0])), x.dtype)
 
 
 def _in_parts(b: Builder, x: Value, weight: Value, parts: int) -> Value:

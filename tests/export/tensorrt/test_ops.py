@@ -197,8 +197,8 @@ def test_a_missing_size_is_named() -> None:
         build_segment(build(Case("aten.add.Tensor", [X, Y]))[0], {"R": 3})
 
 
-@pytest.mark.parametrize(("num_tokens", "parts"), [(8, 4), (64, 1), (128, 2), (512, 1)])
-def test_long_sums_of_few_rows_are_cut(num_tokens: int, parts: int) -> None:
+@pytest.mark.parametrize(("num_tokens", "cut"), [(1, False), (8, True), (64, False), (128, True), (512, False)])
+def test_long_sums_of_few_rows_are_cut_and_those_of_one_are_no_products(num_tokens: int, cut: bool) -> None:
     x, weight = In([1, "T", 2048], dtype=torch.bfloat16), In([24, 2048], dtype=torch.bfloat16, weight=True)
     case = Case("aten.linear.default", [x, weight])
     compare(
@@ -206,12 +206,17 @@ def test_long_sums_of_few_rows_are_cut(num_tokens: int, parts: int) -> None:
     )  # sums of 2,048 products: their size is about 45
     segment, _ = segment_inputs(case, num_tokens)
     layers = build_segment(segment, {"T": num_tokens}).layers
-    assert layers["MATRIX_MULTIPLY"] == 1
-    assert layers.get("REDUCE", 0) == (1 if parts > 1 else 0)
+    assert layers.get("MATRIX_MULTIPLY", 0) == (0 if num_tokens == 1 else 1)
+    assert layers.get("REDUCE", 0) == (1 if cut or num_tokens == 1 else 0)
 
 
-def test_products_in_float32_and_wide_ones_are_whole() -> None:
-    for dtype, columns in ((torch.float32, 24), (torch.bfloat16, 20000)):
-        x, weight = In([1, "T", 2048], dtype=dtype), In([columns, 2048], dtype=dtype, weight=True)
-        segment, _ = segment_inputs(Case("aten.linear.default", [x, weight]), 8)
-        assert "REDUCE" not in build_segment(segment, {"T": 8}).layers
+@pytest.mark.parametrize(
+    ("dtype", "columns", "num_tokens", "cut"),
+    [(torch.float32, 24, 8, False), (torch.bfloat16, 20000, 8, True), (torch.bfloat16, 20000, 16, False)],
+)
+def test_products_in_float32_and_wide_ones_are_whole(
+    dtype: torch.dtype, columns: int, num_tokens: int, cut: bool
+) -> None:
+    x, weight = In([1, "T", 2048], dtype=dtype), In([columns, 2048], dtype=dtype, weight=True)
+    segment, _ = segment_inputs(Case("aten.linear.default", [x, weight]), num_tokens)
+    assert ("REDUCE" in build_segment(segment, {"T": num_tokens}).layers) == cut
