@@ -112,8 +112,8 @@ class Opened:
 class Execution:
     """A plan with its weights on the device, KV caches and, on CUDA, captured decode steps.
 
-    like: the execution of another plan of the same engine, whose stream, bound segments and graphs' memory are shared: the two run one
-    after another.
+    like: the execution of another plan of the same engine, whose stream, bound segments and graphs' memory are shared: the two
+    run one after another.
     """
 
     def __init__(self, plan: Plan, opened: Opened, like: Execution | None = None) -> None:
