@@ -29,7 +29,8 @@ from .kv_cache import CacheGroup
 from .plan import RequestUpdate, SchedulerConfig, SchedulerStats, StepPlan
 from .request import FinishReason, Request
 from .sampling_params import SamplingParams
-from .scheduler import Scheduler, Tokens
+from .scheduler import Scheduler
+from .updates import Tokens
 
 TRACE_VERSION = 2
 """Version of the format; a replay refuses others."""

@@ -832,6 +832,7 @@ def test_the_scheduler_needs_no_torch() -> None:
         "running",
         "scheduler",
         "trace",
+        "updates",
     )
     for name in names:
         tree = ast.parse((folder / f"{name}.py").read_text())
