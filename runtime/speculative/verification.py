@@ -282,7 +282,8 @@ class VerificationRows:
                 nodes.append(node)
                 node = item.parents[node]
             nodes.reverse()
-            drafts = item.row.request.draft_token_ids  # for the scheduler, a tree's drafts are those of the accepted path
+            # For the scheduler, a tree's drafts are those of the accepted path.
+            drafts = item.row.request.draft_token_ids
             item.row.request.draft_token_ids = [drafts[node] for node in nodes]
             path = (item.first, *(item.first + 1 + node for node in nodes))
             found.append(Outcome(item.index, path, tuple(nodes), max(self._step.depths(item.row))))
