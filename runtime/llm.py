@@ -12,10 +12,9 @@ import dataclasses
 import gc
 import itertools
 import logging
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,19 +29,20 @@ from .generation import Generation
 from .inputs import CheckedInput, InputChecker, Message, split_prompts
 from .kv_cache import CacheGroup
 from .memory import MemoryLedger, plan_cache
+from .opening import engine_of, tokenizer_of
 from .outputs import RequestOutput
 from .ownership import EngineClaim
 from .plan import SchedulerConfig, SchedulerStats
 from .policies import PolicyName
+from .progress_bar import progress_bar
 from .sampler import derive_seed
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .speculative.build import check_config, make_proposer, open_draft_engine, target_options
+from .speculative.build import check_config, make_proposer, open_draft_engine
 from .speculative.config import SpeculativeConfig
 from .speculative.draft_model import full_group
 from .speculative.metrics import SpeculativeMetrics
 from .speculative.speculation import Speculation
-from .tokenizer import Tokenizer
 from .trace import TracedScheduler
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class LLM:
     ) -> None:
         if speculative is not None and not isinstance(speculative, SpeculativeConfig):
             raise ValueError(f"speculative is a {type(speculative).__name__}; allowed: SpeculativeConfig or None")
-        self.engine = engine = _engine_of(model, compile_kwargs, speculative)
+        self.engine = engine = engine_of(model, compile_kwargs, speculative)
         self.draft_engine: Engine | None = None
         """Of speculation by a draft model."""
         if speculative is not None:
@@ -170,7 +170,7 @@ class LLM:
             if cuda_graphs:
                 for one in engines:
                     one.capture()
-            self.tokenizer = _tokenizer_of(engine)
+            self.tokenizer = tokenizer_of(engine)
             """None where the engine came without one: then prompts are token ids and outputs have no text."""
             self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len,
                                          speculates=speculative is not None)  # fmt: skip
@@ -220,7 +220,7 @@ class LLM:
             handles = self._submit(self._checker.check_all(items, sampling_params), stream=False)
         show = progress if progress is not None else use_tqdm
         try:
-            with _progress_bar(len(handles), show) as advance:
+            with progress_bar(len(handles), show) as advance:
                 for handle in handles:
                     handle.exception()  # errors are collected below, when all have ended
                     advance()
@@ -347,44 +347,6 @@ class LLM:
         return handles
 
 
-def _engine_of(
-    model: Engine | str | Path | torch.nn.Module, compile_kwargs: dict[str, Any], speculative: SpeculativeConfig | None
-) -> Engine:
-    """The engine that `model` is, names, or is compiled to, then with what `speculative` needs."""
-    saved = isinstance(model, (str, Path)) and (Path(model) / "manifest.json").is_file()
-    is_engine = not isinstance(model, (str, Path, torch.nn.Module))
-    if is_engine and not (hasattr(model, "step") and hasattr(model, "bind_cache")):
-        raise ValueError(
-            f"model is a {type(model).__name__}; allowed: an engine, the directory of a saved engine, a Hugging Face "
-            "directory or id, or an nn.Module"
-        )
-    if compile_kwargs and (saved or is_engine):
-        raise ValueError(
-            f"{', '.join(sorted(compile_kwargs))}: these are options of camshaft.compile, and the model is compiled "
-            "already; leave them out, or pass the original model"
-        )
-    if is_engine:
-        return cast(Engine, model)
-    if saved:
-        from ..export import load_engine
-
-        return cast(Engine, load_engine(Path(cast(str, model))))
-    import camshaft
-
-    options = {} if speculative is None else target_options(speculative, model)
-    return cast(Engine, camshaft.compile(model, **{**options, **compile_kwargs}))
-
-
-def _tokenizer_of(engine: Engine) -> Tokenizer | None:
-    path = engine.tokenizer_path
-    if path is None:
-        return None
-    if not (Path(path) / "tokenizer.json").is_file():
-        logger.warning("no tokenizer.json in %s: prompts must be token ids, and outputs have no text", path)
-        return None
-    return Tokenizer.from_dir(path)
-
-
 def _close(serving: ServingThread, trace: IO[str] | None, claims: Sequence[EngineClaim]) -> None:
     serving.close()
     for claim in claims:
@@ -418,31 +380,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _progress_bar(total: int, show: bool | None) -> AbstractContextManager[Callable[[], None]]:
-    """A context that gives a function to call once per finished prompt."""
-    import sys
-
-    if show is False or (show is None and not sys.stderr.isatty()) or total == 0:
-        return contextlib.nullcontext(lambda: None)
-    return _rich_bar(total)
-
-
-@contextmanager
-def _rich_bar(total: int) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-               TimeRemainingColumn())  # fmt: skip
-    start = time.monotonic()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("prompts", total=total, rate="")
-        done = itertools.count(1)
-
-        def advance() -> None:
-            rate = next(done) / max(time.monotonic() - start, 1e-9)
-            bar.update(task, advance=1, rate=f"{rate:.1f}/s")
-
-        yield advance

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from camshaft.runtime import LLM, GenerationError, SamplingParams
-from camshaft.runtime.llm import _tokenizer_of
+from camshaft.runtime.opening import tokenizer_of
 from camshaft.runtime.packing import HostCopy
 from camshaft.runtime.trace import replay_file
 
@@ -508,7 +508,7 @@ def test_arguments_are_checked(make, tmp_path):
         LLM(3)
     with pytest.raises(ValueError, match=r"16 B \(kv_cache_bytes=16\), which is not one block of 4 tokens"):
         LLM(FakeEngine(), kv_cache_bytes=16)
-    assert _tokenizer_of(FakeEngine(tokenizer_path=tmp_path)) is None
+    assert tokenizer_of(FakeEngine(tokenizer_path=tmp_path)) is None
 
 
 def test_progress_bar_is_quiet_unless_asked(make, capsys):
