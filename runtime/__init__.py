@@ -9,7 +9,7 @@ _HOMES = {
     "LLM": "llm",
     "GenerationError": "llm",
     "LLMStats": "llm",
-    "StepTimes": "core",
+    "StepTimes": "step_times",
     "RequestHandle": "async_llm",
     "SamplingParams": "sampling_params",
     "RequestOutput": "outputs",

@@ -11,7 +11,6 @@ One thread drives it. `LLM` puts a thread, handles and prompts around it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from typing import NamedTuple
 from .batch import Engine
 from .detokenizer import Detokenizer, StreamFactory
 from .generation import Generation, Sample
-from .outputs import Logprob, TokenLogprobDict
+from .logprob_records import LogprobRecords
 from .plan import RequestUpdate, StepPlan
 from .request import FinishReason, Request
 from .runner import LaunchedStep, Runner, StepResult
@@ -29,38 +28,10 @@ from .speculative.config import SpeculativeConfig
 from .speculative.metrics import SpeculativeMetrics
 from .speculative.speculation import Speculation
 from .speculative.verification import StepDrafts
+from .step_times import StepTimes
 from .tokenizer import Tokenizer
 
 _NO_TOKEN = ", or every token is masked (allowed_token_ids, bad words, min_tokens). If no masks were asked for"
-
-
-@dataclasses.dataclass(slots=True)
-class StepTimes:
-    """Steps since the start, and where the serving thread's time went, in seconds.
-
-    On a GPU `launch_s` is the time to put steps into its queue; on the CPU, where nothing is queued, it is the computation.
-    """
-
-    steps: int = 0
-    ahead: int = 0
-    """Steps that were launched while the one before them computed; the others were launched into an idle device."""
-    late: int = 0
-    """Steps ahead that were sampled when the tokens before were delivered: penalties and bad words follow them, and top_p
-    without top_k waits for the device."""
-    propose_s: float = 0.0
-    """Drafts; on a GPU the time to put the draft model's steps into its queue."""
-    schedule_s: float = 0.0
-    launch_s: float = 0.0
-    """Batch, engine, sampler."""
-    wait_s: float = 0.0
-    """Waiting for the device."""
-    deliver_s: float = 0.0
-    """Updates, text, results."""
-
-    @property
-    def host_s(self) -> float:
-        """All but the waiting."""
-        return self.propose_s + self.schedule_s + self.launch_s + self.deliver_s
 
 
 class _Received(NamedTuple):
@@ -107,7 +78,7 @@ class ServingCore:
         }  # fmt: skip
         self._generations: dict[str, Generation] = {}
         self._samples: dict[str, tuple[Generation, Sample]] = {}
-        self._token_texts: dict[int, str] = {}
+        self._logprobs = LogprobRecords(tokenizer)
 
     @property
     def has_work(self) -> bool:
@@ -413,37 +384,13 @@ class ServingCore:
         rows = {id(plan.request(index)): found for index, found in result.logprobs.items()}
         for update in updates:
             entry, found = self._owner(update.request), rows.get(id(update.request))
-            if entry is None or found is None or entry[1].logprobs is None:
-                continue
-            sample = entry[1]
-            assert sample.logprobs is not None
-            values, numbers = found
-            assert sample.cumulative_logprob is not None
-            for n, token in zip(numbers, update.new_token_ids):  # behind the token that ends it there may be more rows
-                sample.logprobs.append(self._logprob_dict(values, n, token, update.request.params.logprobs or 0))
-                sample.cumulative_logprob += float(values.logprobs[n])
+            if entry is not None and found is not None and entry[1].logprobs is not None:
+                values, numbers = found
+                self._logprobs.add_output(entry[1], values, numbers, update.new_token_ids)
 
     def _keep_prompt_logprobs(self, plan: StepPlan, index: int, values: TokenLogprobs) -> None:
-        request, first = plan.request(index), plan.others[index - len(plan.decodes)].first_logit_row
+        request = plan.request(index)
         entry = self._owner(request)
-        if entry is None:
-            return
-        for n in range(len(values.logprobs)):
-            position = first + n + 1
-            entry[0].prompt_logprobs[position] = self._logprob_dict(
-                values, n, request.prompt_token_ids[position], request.params.prompt_logprobs or 0
-            )
-
-    def _logprob_dict(self, values: TokenLogprobs, n: int, token: int, num_top: int) -> TokenLogprobDict:
-        found = {token: Logprob(float(values.logprobs[n]), int(values.ranks[n]), self._token_text(token))}
-        tops = zip(values.top_ids[n, :num_top].tolist(), values.top_logprobs[n, :num_top].tolist())
-        for rank, (top, logprob) in enumerate(tops, start=1):
-            found.setdefault(top, Logprob(logprob, rank, self._token_text(top)))
-        return found
-
-    def _token_text(self, token: int) -> str | None:
-        if self.tokenizer is None:
-            return None
-        if token not in self._token_texts:
-            self._token_texts[token] = self.tokenizer.decode_token(token)
-        return self._token_texts[token]
+        if entry is not None:
+            first = plan.others[index - len(plan.decodes)].first_logit_row
+            self._logprobs.add_prompt(entry[0], request, first + 1, values)

@@ -24,7 +24,7 @@ import torch
 
 from .async_llm import RequestHandle, ServingThread
 from .batch import Engine
-from .core import ServingCore, StepTimes
+from .core import ServingCore
 from .generation import Generation
 from .inputs import CheckedInput, InputChecker, Message, split_prompts
 from .kv_cache import CacheGroup
@@ -43,6 +43,7 @@ from .speculative.config import SpeculativeConfig
 from .speculative.draft_model import full_group
 from .speculative.metrics import SpeculativeMetrics
 from .speculative.speculation import Speculation
+from .step_times import StepTimes
 from .trace import TracedScheduler
 
 logger = logging.getLogger(__name__)
