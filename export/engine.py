@@ -222,6 +222,8 @@ class Engine:
             self._execution.bind_caches([])
         if self._split is not None:
             self._split.bind_caches([])
+        if self.device.type == "cuda" and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the next cache is sized by what the driver calls free
 
     def capture(self) -> StepGraphs | None:
         """Captures decode steps as CUDA graphs; None where there is nothing to capture (`uncaptured` says why).

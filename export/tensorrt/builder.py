@@ -205,6 +205,14 @@ class Builder:
         start[dim], shape[dim], stride[dim] = begin, size, step
         return self.value(self.layer("slice", value.tensor, tuple(start), tuple(shape), tuple(stride)), value.dtype)
 
+    def longer(self, value: Value, dim: int, size: int) -> Value:
+        """A dimension made `size` long, with zeros at its end."""
+        shape = list(value.shape)
+        shape[dim] = size
+        layer = self.layer("slice", value.tensor, (0,) * len(shape), tuple(shape), (1,) * len(shape))
+        layer.mode = self.trt.SampleMode.FILL
+        return self.value(layer, value.dtype)
+
     def concat(self, values: Sequence[Value], dim: int) -> Value:
         """Side by side; all of one dtype."""
         if len(values) == 1:

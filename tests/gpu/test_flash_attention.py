@@ -124,13 +124,13 @@ def test_replayed_with_other_sequences(package: str) -> None:
         pytest.skip("it reads lengths back")
     first = make_case([(1, 9), (140, 140), (60, 60), (20, 50)], dim=128, dtype=HALF, device=DEVICE, padding=29)
     second = make_case([(1, 9), (60, 60), (140, 140), (20, 50)], dim=128, dtype=HALF, device=DEVICE, padding=29, seed=1)
-    bounds = {"max_query_len": 250, "max_seq_len": 250}
+    first.options |= {"max_query_len": 250, "max_seq_len": 250}  # bounds, as captured steps have them
     for _ in range(2):
-        run(first.clone(), **bounds)
+        run(first.clone())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = run(first, **bounds)
+        out = run(first)
     for case in (first.clone(), second):
         for name, value in case.tensors.items():
             first.tensors[name].copy_(value)

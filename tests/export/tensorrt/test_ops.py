@@ -197,26 +197,37 @@ def test_a_missing_size_is_named() -> None:
         build_segment(build(Case("aten.add.Tensor", [X, Y]))[0], {"R": 3})
 
 
-@pytest.mark.parametrize(("num_tokens", "cut"), [(1, False), (8, True), (64, False), (128, True), (512, False)])
-def test_long_sums_of_few_rows_are_cut_and_those_of_one_are_no_products(num_tokens: int, cut: bool) -> None:
-    x, weight = In([1, "T", 2048], dtype=torch.bfloat16), In([24, 2048], dtype=torch.bfloat16, weight=True)
+@pytest.mark.parametrize("summed", [2048, 8192])
+@pytest.mark.parametrize(
+    ("num_tokens", "products", "sums"), [(8, 1, 1), (64, 1, 0), (128, 1, 1), (512, 1, 0), (1, 0, 1)]
+)
+def test_long_sums_of_few_rows_are_cut_and_those_of_one_are_no_products(
+    num_tokens: int, products: int, sums: int, summed: int
+) -> None:
+    x, weight = In([1, "T", summed], dtype=torch.bfloat16), In([24, summed], dtype=torch.bfloat16, weight=True)
     case = Case("aten.linear.default", [x, weight])
-    compare(
-        case, num_tokens, 4 * torch.finfo(torch.bfloat16).eps * 45
-    )  # sums of 2,048 products: their size is about 45
+    compare(case, num_tokens, 4 * torch.finfo(torch.bfloat16).eps * summed**0.5)  # about the size of such sums
     segment, _ = segment_inputs(case, num_tokens)
     layers = build_segment(segment, {"T": num_tokens}).layers
-    assert layers.get("MATRIX_MULTIPLY", 0) == (0 if num_tokens == 1 else 1)
-    assert layers.get("REDUCE", 0) == (1 if cut or num_tokens == 1 else 0)
+    assert layers.get("MATRIX_MULTIPLY", 0) == products
+    assert layers.get("REDUCE", 0) == sums + (num_tokens == 1 and summed == 8192)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "columns", "num_tokens", "cut"),
-    [(torch.float32, 24, 8, False), (torch.bfloat16, 20000, 8, True), (torch.bfloat16, 20000, 16, False)],
+    ("dtype", "columns", "num_tokens", "layer"),
+    [
+        (torch.float32, 24, 8, None),
+        (torch.bfloat16, 20000, 8, "REDUCE"),
+        (torch.bfloat16, 20000, 16, None),
+        (torch.bfloat16, 20000, 32, "SLICE"),  # as 64 rows
+        (torch.bfloat16, 6144, 64, "SLICE"),  # as 128
+        (torch.bfloat16, 4096, 64, None),
+    ],
 )
 def test_products_in_float32_and_wide_ones_are_whole(
-    dtype: torch.dtype, columns: int, num_tokens: int, cut: bool
+    dtype: torch.dtype, columns: int, num_tokens: int, layer: str | None
 ) -> None:
     x, weight = In([1, "T", 2048], dtype=dtype), In([columns, 2048], dtype=dtype, weight=True)
     segment, _ = segment_inputs(Case("aten.linear.default", [x, weight]), num_tokens)
-    assert ("REDUCE" in build_segment(segment, {"T": num_tokens}).layers) == cut
+    layers = build_segment(segment, {"T": num_tokens}).layers
+    assert {name for name in ("REDUCE", "SLICE") if name in layers} == ({layer} if layer else set())
