@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from camshaft.runtime.speculative import cost
 from camshaft.runtime.speculative.adaptive import PLAIN_EVERY, PROBE_AFTER, REST, Acceptance, AdaptiveLengths
 from camshaft.runtime.speculative.cost import KNOWN_FROM, StepCosts, fit_plane, token_bucket
 
@@ -58,6 +59,23 @@ def test_kinds_of_steps_are_predicted_from_three_others():
             costs.observe(tokens, depth, drafting(tokens, depth))
     for tokens, depth in ((192, 3), (384, 5)):
         assert 0.9 * drafting(tokens, depth) < costs.estimate(tokens, depth) < drafting(tokens, depth), "hopeful"
+
+
+def test_the_prediction_is_fitted_where_somebody_asks(monkeypatch):
+    fits = []
+    monkeypatch.setattr(cost, "fit_plane", lambda seconds: fits.append(seconds) or fit_plane(seconds))
+    costs = StepCosts()
+    for tokens, depth in ((64, 0), (96, 1), (128, 1), (128, 2)):
+        for _ in range(2 * KNOWN_FROM):
+            costs.observe(tokens, depth, 1.0 + 0.01 * tokens)
+    assert costs.estimate(128, 2) == pytest.approx(2.28) and not fits, "measured"
+    predicted = costs.estimate(192, 3)
+    assert costs.estimate(384, 3) > predicted and len(fits) == 1, "kept until there is something new"
+    costs.measure_again(128, 2)
+    assert costs.estimate(192, 3) == predicted and len(fits) == 1, "what is measured again counts until it is known"
+    costs.observe(96, 1, 1.96)
+    costs.estimate(192, 3)
+    assert len(fits) == 2
 
 
 def test_a_kind_that_became_faster_takes_the_others_along():
