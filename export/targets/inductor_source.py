@@ -12,6 +12,7 @@ does not fit there (another Triton, another GPU) is not found, and its kernel is
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import shutil
@@ -96,7 +97,21 @@ def _compile(exported: torch.export.ExportedProgram, options: Mapping[str, Any])
         compiled: Any = compile_fx_inner(graph_module, values, is_inference=True)
     if compiled.constants:
         raise RuntimeError(f"Inductor made constants of its own: {sorted(compiled.constants)}")
-    return compiled.source_code, constants
+    return without_unused_imports(compiled.source_code), constants
+
+
+def without_unused_imports(source: str) -> str:
+    """The wrapper without imports of names that it never uses.
+
+    Inductor writes the same ones everywhere; two of them load a third of Inductor, its compiler included, when a segment is opened.
+    """
+    tree = ast.parse(source)
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    lines = source.splitlines(keepends=True)
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and not used & {alias.asname or alias.name for alias in node.names}:
+            lines[node.lineno - 1 : node.end_lineno] = ["\n"] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+    return "".join(lines)
 
 
 @contextmanager

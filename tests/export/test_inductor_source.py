@@ -44,6 +44,16 @@ def test_an_opened_archive_computes_what_the_module_computes(archive, tmp_path: 
         torch.testing.assert_close(call([x, *weights])[0], module(x, *weights)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_imports_that_the_wrapper_does_not_use_are_left_out(archive) -> None:
+    with zipfile.ZipFile(io.BytesIO(archive[1])) as files:
+        assert b"memory_planning" not in files.read("segment.py")
+    source = (
+        "from math import inf\nfrom a.b import (\n    c as d,\n    e,\n)\nfrom f import g as h\nimport i\n\nx = h(e)\n"
+    )
+    left = "\nfrom a.b import (\n    c as d,\n    e,\n)\nfrom f import g as h\nimport i\n\nx = h(e)\n"
+    assert inductor_source.without_unused_imports(source) == left
+
+
 def test_the_archive_holds_no_pickle(archive) -> None:
     with zipfile.ZipFile(io.BytesIO(archive[1])) as files:
         names = files.namelist()
