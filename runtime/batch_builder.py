@@ -192,14 +192,16 @@ class BatchBuilder:
         return rows_D
 
     def _rows_of_others(self, others: Sequence[ScheduledRequest]) -> Ints:
-        """Each request's row in the tables, which then hold all of its blocks."""
-        rows = []
+        """[O] each request's row in the tables, which then hold all of its blocks."""
+        rows: list[int] = []
         for request, *_ in others:
             row = self._rows.get(request.request_id)
             if row is None:
                 row = self._rows[request.request_id] = self._free_rows.pop()
             rows.append(row)
         rows_O = np.array(rows, dtype=np.int64)
+        if not rows:
+            return rows_O
         for group, source in enumerate(self._sources):
             counts = np.array([len(request.block_ids[source]) for request, *_ in others], dtype=np.int64)
             for i in np.flatnonzero(counts != self._known[group, rows_O]).tolist():
