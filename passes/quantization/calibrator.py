@@ -110,7 +110,7 @@ class Calibrator:
             beside = next(original, None)
             plans = {layer: plan[layer] for layer in inputs.layers}
             weights = {layer: inputs.weight(layer) for layer in inputs.layers}
-            moment = any(p.recipe.algorithm in _MOMENT_ALGORITHMS for p in plans.values())
+            moment = any(_reads_moment(p) for p in plans.values())
             statistics = InputStatistics.of(inputs.chunks(), moment=moment)
             made = quantize_group(plans, weights, statistics, inputs, value_heads(inputs.x), beside)
             for layer, quantized in made.items():
@@ -160,9 +160,10 @@ def quantize_group(
         scaled = statistics if factor is None else statistics.scaled(factor)
         moment = cross = None
         if recipe.algorithm in _MOMENT_ALGORITHMS:
-            moment = scaled.require_moment(plans[layers[0]].weight)
             if inputs is not None and format.activations != "none":
                 moment = _rounded_moment(inputs.chunks(), factor, format, scaled)
+            else:
+                moment = scaled.require_moment(plans[layers[0]].weight)
             if inputs is not None and original is not None and recipe.algorithm == "gptq" and recipe.gptq_correct:
                 cross = _cross_moment(original.chunks(), _rounded(inputs.chunks(), factor, format, scaled))
         x_scale = (
@@ -312,6 +313,13 @@ class _HostCopies:
             id(factor), (factor, copied.channel_factor)
         )  # the first keeps its id in use
         return replace(copied, channel_factor=shared)
+
+
+def _reads_moment(plan: LayerPlan) -> bool:
+    """Whether a layer needs the second moments of its input before that is rounded."""
+    if plan.recipe.algorithm == "gptq":
+        return plan.format.activations == "none"
+    return plan.recipe.algorithm == "awq"
 
 
 def _enough(statistics: InputStatistics | None, plan: LayerPlan) -> bool:

@@ -68,28 +68,28 @@ def gptq(
     importance = hessian.diagonal().clamp(min=0)
     if act_order == "none":
         grid = Grid.of(weight, format, importance)
-        factor = _inverse_factor(hessian, damp, name)
-        return Rounded(_finished(weight, _rounded(weight, factor, grid, None, block), grid, hessian, damp, sweeps))
+        factor, added = _inverse_factor(hessian, damp, name)
+        return Rounded(_finished(weight, _rounded(weight, factor, grid, None, block), grid, hessian, added, sweeps))
     order = torch.argsort(importance, descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order], damp, name)
+    factor, added = _inverse_factor(hessian[order][:, order], damp, name)
     if act_order == "gather":
         weight, importance = weight[:, order], importance[order]
         grid = Grid.of(weight, format, importance)
         restored = _rounded(weight, factor, grid, None, block)
-        return Rounded(_finished(weight, restored, grid, hessian[order][:, order], damp, sweeps), order)
+        return Rounded(_finished(weight, restored, grid, hessian[order][:, order], added, sweeps), order)
     grid = Grid.of(weight, format, importance)
     restored = _rounded(weight[:, order], factor, grid, order.tolist(), block)[:, torch.argsort(order)]
-    return Rounded(_finished(weight, restored, grid, hessian, damp, sweeps))
+    return Rounded(_finished(weight, restored, grid, hessian, added, sweeps))
 
 
 def _finished(
-    weight: Tensor, restored: Tensor, grid: Grid, hessian: Tensor, damp: float, sweeps: int
+    weight: Tensor, restored: Tensor, grid: Grid, hessian: Tensor, added: float, sweeps: int
 ) -> QuantizedWeight:
-    """What is stored of a rounded weight, after `sweeps` of coordinate descent."""
+    """What is stored of a rounded weight, after `sweeps` of coordinate descent; `added` to the Hessian's diagonal."""
     if not sweeps:
         return grid.encode(restored)
     damped = hessian.clone()
-    damped.diagonal().add_(damp * (float(hessian.diagonal().mean()) or 1.0))
+    damped.diagonal().add_(added)
     return refined(weight, restored, grid, damped, sweeps=sweeps)
 
 
@@ -116,15 +116,15 @@ def corrected(
     return torch.cholesky_solve(target.t(), lower).t().contiguous()
 
 
-def _inverse_factor(hessian_KK: Tensor, damp: float, name: str) -> Tensor:
-    """The upper Cholesky factor U of the damped matrix's inverse: H^-1 = U^T U."""
-    lower, _ = _damped_cholesky(hessian_KK, damp, name)
+def _inverse_factor(hessian_KK: Tensor, damp: float, name: str) -> tuple[Tensor, float]:
+    """(the upper Cholesky factor U of the damped matrix's inverse: H^-1 = U^T U, what damping added to the diagonal)."""
+    lower, added = _damped_cholesky(hessian_KK, damp, name)
     upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     if int(failed):
         raise ValueError(
             f"{name}: the inverse of its inputs' second moments has no Cholesky factor; raise gptq_damp ({damp})"
         )
-    return upper
+    return upper, added
 
 
 def _damped_cholesky(hessian_KK: Tensor, damp: float, name: str) -> tuple[Tensor, float]:

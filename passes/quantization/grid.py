@@ -2,11 +2,13 @@
 
 A weight [N, K] and the scales of its rows, groups or blocks make a grid. `Grid.round` rounds single columns to it, so that an
 algorithm can answer each column's error with the columns that follow; `Grid.choose` finds a group's scales anew, from what
-compensation has made of its columns; and `Grid.encode` stores the result as `quantize_weight` would.
+compensation has made of its columns; `Grid.improve` finds scales and values of a group anew when all others are known; and
+`Grid.encode` stores the result as `quantize_weight` would.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,9 +23,12 @@ from ...graph.quant_formats import (
     round_scaled,
     scale_candidates,
 )
+from ...graph.small_floats import E4M3_MAX
 
 CANDIDATES = 16
 """Scales that are tried for each row, group or block (see `quantize_weight`)."""
+_MOST = 2.0
+"""Largest factor by which a scale is fitted to values."""
 
 
 @dataclass
@@ -57,18 +62,36 @@ class Grid:
         Every candidate is tried with error compensation: `factor` [width, width] are the group's rows and columns of the upper
         Cholesky factor of the Hessian's inverse, and the scale that loses least by the group's end is taken.
         """
-        group, outer = index // self.width, self.parts.global_scale
-        candidates = scale_candidates(columns[:, None], self.format, CANDIDATES, outer)
-        scales = torch.stack([decoded_scale(scale, outer)[:, 0, 0] for scale, _ in candidates])
-        zero_points = [zero_point[:, 0, 0] for _, zero_point in candidates if zero_point is not None]
-        offsets = torch.stack(zero_points) if zero_points else None
-        best = _compensated_loss(columns, factor, scales, offsets, self.format).argmin(0, keepdim=True)
-        self.scale[:, group] = scales.gather(0, best)[0]
-        stored = torch.stack([_bits(scale[:, 0, 0]) for scale, _ in candidates]).gather(0, best)[0]
-        self.parts.scale[:, group] = stored.view(self.parts.scale.dtype)
-        if offsets is not None and self.zero_point is not None and self.parts.zero_point is not None:
-            self.zero_point[:, group] = offsets.gather(0, best)[0]
-            self.parts.zero_point[:, group] = self.zero_point[:, group].to(torch.uint8)
+        candidates = _Scales.of(columns, self.format, self.parts.global_scale)
+        best = _compensated_loss(columns, factor, candidates, self.format).argmin(0, keepdim=True)
+        self._take(index // self.width, candidates.at(best))
+
+    def improve(self, current: Tensor, target: Tensor, index: int, hessian: Tensor, factor: Tensor) -> Tensor:
+        """The group that begins at column `index`, nearer to `target`: float32 values on the grid, whose scales follow, [N, width].
+
+        current, target [N, width]: its values on the grid as it is, and what would be best, by the loss (v - t) H (v - t)^T of each
+        row. hessian, factor [width, width]: H and the upper Cholesky factor of its inverse. The scales of `choose`, the one in use
+        and the one that fits the values best are tried with error compensation; rows that gain nothing stay as they are.
+        """
+        group = index // self.width
+        zero_points = None if self.zero_point is None else self.zero_point[None, :, group].clone()
+        present = _Scales(_bits(self.parts.scale[:, group])[None], self.scale[None, :, group].clone(), zero_points)
+        candidates = _Scales.of(target, self.format, self.parts.global_scale)
+        candidates = candidates.joined(present.fitted(current, target, hessian, self.parts)).joined(present)
+        least, best = _compensated_loss(target, factor, candidates, self.format).min(0, keepdim=True)
+        missing = current - target
+        stays = ((missing @ hessian) * missing).sum(1) <= least[0]
+        chosen = candidates.at(best.masked_fill(stays, len(candidates.decoded) - 1))
+        self._take(group, chosen)
+        return torch.where(stays[:, None], current, _compensated(target, factor, chosen, self.format))
+
+    def _take(self, group: int, chosen: _Scales) -> None:
+        """Gives the rows' groups their scales, [1, N]."""
+        self.scale[:, group] = chosen.decoded[0]
+        self.parts.scale[:, group] = chosen.stored[0].view(self.parts.scale.dtype)
+        if chosen.zero_points is not None and self.zero_point is not None and self.parts.zero_point is not None:
+            self.zero_point[:, group] = chosen.zero_points[0]
+            self.parts.zero_point[:, group] = chosen.zero_points[0].to(torch.uint8)
 
     def with_scale(self, scale: Tensor) -> Grid:
         """The grid with other float32 scales, of the shape of `scale`; for formats whose stored scales are float32."""
@@ -100,20 +123,79 @@ def _spread_rows(parts: QuantizedWeight, format: LinearFormat, rows: int) -> tup
     return scale.reshape(-1, 1), None if zero_point is None else zero_point.reshape(-1, 1)
 
 
-def _compensated_loss(
-    columns: Tensor, factor: Tensor, scales: Tensor, zero_points: Tensor | None, format: LinearFormat
-) -> Tensor:
-    """What rounding columns [N, g] one by one, errors answered by those behind, costs each row with each scale [C, N]: [C, N]."""
-    work = columns.expand(scales.shape[0], *columns.shape).clone()
-    loss = torch.zeros_like(scales)
-    for column in range(columns.shape[1]):
-        value = work[:, :, column].clone()
-        rounded = round_scaled(value / scales, zero_points, format)
-        rounded = (rounded if zero_points is None else rounded - zero_points) * scales
-        error = (value - rounded) / factor[column, column]
+@dataclass(frozen=True)
+class _Scales:
+    """Candidates for the scales of one group's rows, [C, N] each: as stored (`_bits`), in float32, and zero points."""
+
+    stored: Tensor
+    decoded: Tensor
+    zero_points: Tensor | None
+
+    @classmethod
+    def of(cls, columns_NG: Tensor, format: LinearFormat, global_scale: Tensor | None) -> _Scales:
+        """What `quant_formats.scale_candidates` tries for float32 columns."""
+        found = scale_candidates(columns_NG[:, None], format, CANDIDATES, global_scale)
+        zero_points = [zero_point[:, 0, 0] for _, zero_point in found if zero_point is not None]
+        return cls(
+            torch.stack([_bits(scale[:, 0, 0]) for scale, _ in found]),
+            torch.stack([decoded_scale(scale, global_scale)[:, 0, 0] for scale, _ in found]),
+            torch.stack(zero_points) if zero_points else None,
+        )
+
+    def at(self, index: Tensor) -> _Scales:
+        """The candidate `index` [1, N] of each row."""
+        zero_points = None if self.zero_points is None else self.zero_points.gather(0, index)
+        return _Scales(self.stored.gather(0, index), self.decoded.gather(0, index), zero_points)
+
+    def joined(self, other: _Scales) -> _Scales:
+        """These, then the other ones."""
+        zero_points = None
+        if self.zero_points is not None and other.zero_points is not None:
+            zero_points = torch.cat([self.zero_points, other.zero_points])
+        return _Scales(torch.cat([self.stored, other.stored]), torch.cat([self.decoded, other.decoded]), zero_points)
+
+    def fitted(self, current: Tensor, target: Tensor, hessian: Tensor, parts: QuantizedWeight) -> _Scales:
+        """The scales that bring `current` [N, g], made with these [1, N], nearest to `target` by least squares under H."""
+        weighted = current @ hessian
+        energy = (weighted * current).sum(1)
+        factor = (weighted * target).sum(1) / energy.clamp(min=torch.finfo(torch.float32).tiny)
+        scale = self.decoded * torch.where((factor > 1 / _MOST) & (factor < _MOST), factor, 1.0)
+        if parts.scale.dtype == torch.float8_e4m3fn:
+            assert parts.global_scale is not None
+            stored = (scale / parts.global_scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+            return _Scales(_bits(stored), decoded_scale(stored, parts.global_scale), self.zero_points)
+        if parts.scale.dtype == torch.uint8:  # powers of two: the candidates have the neighbours
+            return self
+        return _Scales(scale, scale, self.zero_points)
+
+
+def _compensated_loss(columns: Tensor, factor: Tensor, scales: _Scales, format: LinearFormat) -> Tensor:
+    """What rounding columns [N, g] one by one, errors answered by those behind, costs each row with each scale: [C, N]."""
+    work = columns.expand(scales.decoded.shape[0], *columns.shape).clone()
+    loss = torch.zeros_like(scales.decoded)
+    for error in _compensate(work, factor, scales, format):
         loss += error.square()
-        work[:, :, column + 1 :] -= error[:, :, None] * factor[column, column + 1 :]
     return loss
+
+
+def _compensated(columns: Tensor, factor: Tensor, scales: _Scales, format: LinearFormat) -> Tensor:
+    """Columns [N, g] rounded so, with one scale [1, N] for each row."""
+    work = columns[None].clone()
+    for _ in _compensate(work, factor, scales, format):
+        pass
+    return work[0]
+
+
+def _compensate(work: Tensor, factor: Tensor, scales: _Scales, format: LinearFormat) -> Iterator[Tensor]:
+    """Rounds the columns of `work` [C, N, g] in place; yields each column's error over the factor's diagonal, [C, N]."""
+    zero_points = scales.zero_points
+    for column in range(work.shape[2]):
+        value = work[:, :, column].clone()
+        rounded = round_scaled(value / scales.decoded, zero_points, format)
+        work[:, :, column] = (rounded if zero_points is None else rounded - zero_points) * scales.decoded
+        error = (value - work[:, :, column]) / factor[column, column]
+        work[:, :, column + 1 :] -= error[:, :, None] * factor[column, column + 1 :]
+        yield error
 
 
 def _bits(scale: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Refinement of a rounded weight: sweeps over all columns in turn, and scales fitted to the values.
+"""Refinement of a rounded weight: sweeps over all columns or groups in turn, and scales fitted to the values.
 
 With W' = s (v - z) on a grid, D = W' - W and the Hessian H of the layer's inputs, the loss is tr(D H D^T). Coordinate descent
 (Behdin et al. 2023, "QuantEase", section 3.2): column k goes to the grid's nearest point to w'_k - (D H)_k / H_kk, the best value
-while all other columns stay. GPTQ answers an error by the columns behind it alone; a sweep goes on with all of them. With values
-v - z fixed the loss is quadratic in a row's scales, one for each group, and its minimum is the solution of
+while all other columns stay. GPTQ answers an error by the columns behind it alone; a sweep goes on with all of them.
+
+Where groups along K have scales of their own, a step is a group g with its scale: the best real values while all others stay are
+t = w'_g - (D H)_g H_gg^-1, a row's loss is that of t and (v - t) H_gg (v - t)^T, and this is GPTQ's problem for the group alone.
+So each candidate of the scale is tried with error compensation, and what was there stays unless one is better.
+
+With values v - z fixed the loss is quadratic in a row's scales, one for each group, and its minimum is the solution of
 
     sum_h (c_g H_gh c_h^T) s_h = c_g (W H)_g^T          c_g = v - z of group g as a row, H_gh its and group h's block of H
 
@@ -30,7 +35,10 @@ def refined(weight_NK: Tensor, restored_NK: Tensor, grid: Grid, hessian_KK: Tens
     """The weight [N, K] on the grid, from its values on it (`restored_NK`), after `sweeps`; float32, the Hessian damped."""
     restored = restored_NK.clone()
     for _ in range(sweeps):
-        _sweep(weight_NK, restored, grid, hessian_KK)
+        if grid.grouped and not grid.format.block:
+            _sweep_groups(weight_NK, restored, grid, hessian_KK)
+        else:
+            _sweep(weight_NK, restored, grid, hessian_KK)
         if _has_own_scales(grid):
             grid, restored = _fitted(weight_NK, restored, grid, hessian_KK)
     return grid.encode(restored)
@@ -50,6 +58,36 @@ def _sweep(weight: Tensor, restored: Tensor, grid: Grid, hessian: Tensor) -> Non
             gradient.addr_(change, hessian[column, begin:end])
             restored[:, column] = best
             difference[:, column] += change
+
+
+def _sweep_groups(weight: Tensor, restored: Tensor, grid: Grid, hessian: Tensor) -> None:
+    """One pass of coordinate descent over groups and their scales, in place."""
+    difference = restored - weight
+    width = grid.width
+    lower = torch.linalg.cholesky(_diagonal_blocks(hessian, width))
+    factors = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    block = max(_BLOCK // width, 1) * width
+    for begin in range(0, weight.shape[1], block):
+        end = min(begin + block, weight.shape[1])
+        gradient = difference @ hessian[:, begin:end]
+        for index in range(begin, end, width):
+            group = slice(index, index + width)
+            step = torch.cholesky_solve(
+                gradient[:, index - begin : index - begin + width].t(), lower[index // width]
+            ).t()
+            current = restored[:, group].clone()
+            best = grid.improve(current, current - step, index, hessian[group, group], factors[index // width])
+            change = best - current
+            gradient.addmm_(change, hessian[group, begin:end])
+            restored[:, group] = best
+            difference[:, group] += change
+
+
+def _diagonal_blocks(matrix_KK: Tensor, width: int) -> Tensor:
+    """The blocks [K / width, width, width] on the diagonal."""
+    groups = matrix_KK.shape[0] // width
+    blocks = matrix_KK.unflatten(0, (groups, width)).unflatten(2, (groups, width))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def _has_own_scales(grid: Grid) -> bool:
