@@ -2,9 +2,9 @@
 
     python bench/host_speculation.py --out host-speculation.json [--sequences 1,64] [--steps 200] [--profile]
 
-Target and draft model are engines that compute nothing and agree on most tokens, so that some drafts are rejected; texts repeat, so
-that prompt lookup finds drafts, too. Times are CPU time of the one thread that does it, without the engines', in milliseconds per step.
-`--profile` prints where they go.
+Target and draft model are engines that compute nothing and agree on most tokens, so that some drafts are rejected; texts repeat,
+so that prompt lookup finds drafts, too. Times are CPU time of the one thread that does it, without the engines', in milliseconds
+per step. `--profile` prints where they go.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ VOCAB_SIZE, PERIOD, BLOCK_SIZE, MAX_SEQ_LEN = 64, 11, 16, 4096
 class PeriodicEngine(FakeEngine):
     """The token at a position follows from the position alone, but for a share `spoilt` of the rows.
 
-    step_s: CPU seconds spent in here, which are not the host's work. device_s: seconds that a device would have taken: what adaptive
-    lengths are chosen by.
+    step_s: CPU seconds spent in here, which are not the host's work. device_s: seconds that a device would have taken: what
+    adaptive lengths are chosen by.
     """
 
     def __init__(self, num_sequences: int, spoilt: float, seed: int) -> None:
@@ -162,7 +162,10 @@ def main() -> None:
     document = {"versions": versions, "command": sys.argv, "results": results}
     if args.out:
         args.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"{'sequences':>9} {'method':>7} {'temp.':>6} {'drafts':>7} {'accepted':>9} {'p10 ms':>8} {'median ms':>10} {'p90 ms':>8}")
+    print(
+        f"{'sequences':>9} {'method':>7} {'temp.':>6} {'drafts':>7} {'accepted':>9} "
+        f"{'p10 ms':>8} {'median ms':>10} {'p90 ms':>8}"
+    )
     for row in results:
         print(
             f"{row['sequences']:>9} {row['method']:>7} {row['temperature']:>6} {row['drafts_per_step']:>7} "
