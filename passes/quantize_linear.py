@@ -67,7 +67,7 @@ class QuantizeLinear(GraphPass):
         if self.recipe.calibrated and layers:
             if self.quantizer is None:
                 raise ValueError(needs_calibration(self.recipe))
-            if self.recipe.max_bits is not None or self.recipe.max_error is not None:
+            if self.recipe.mixed:
                 layers = self.quantizer.assign(program, layers, self.recipe)
                 for node in plan.layers.keys() - layers.keys():
                     plan.kept["the budget leaves it as it is"].append(plan.layers[node].weight)

@@ -20,6 +20,7 @@ ActOrder = Literal["none", "static", "gather"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 KV_CACHES: tuple[KVCache, ...] = get_args(KVCache)
 ACT_ORDERS: tuple[ActOrder, ...] = get_args(ActOrder)
+_BUDGETS = ("max_bits", "max_error", "max_activation_bits")
 HEAD = "lm_head"
 ROUTER = "router"
 ROLES = (HEAD, ROUTER)
@@ -49,8 +50,12 @@ class Recipe:
     """Mixed precision: bits of a weight on average, at most; the format of each layer is chosen by its sensitivity."""
     max_error: float | None = None
     """Mixed precision: as small as possible with at most this KL divergence to the unquantized model, nats per token."""
+    max_activation_bits: float | None = None
+    """Mixed precision: bits of a number of the inputs, on average over the products' multiplications, at most; every layer gets
+    `format` or one of `alternatives`."""
     alternatives: tuple[LinearFormat, ...] = ()
-    """Mixed precision: formats to choose from besides `format`; leaving a layer as it is is always one."""
+    """Mixed precision: formats to choose from besides `format`; leaving a layer as it is is another (not for
+    `max_activation_bits`)."""
     smoothing: float = 0.5
     """SmoothQuant: share of the activations' range that moves into the weights, 0 to 1 (alpha, section 4)."""
     awq_grid: int = 20
@@ -62,7 +67,7 @@ class Recipe:
     gptq_correct: bool = True
     """GPTQ: weights are first fitted to the outputs of the unquantized model, which is run beside the quantized one."""
     gptq_sweeps: int = 0
-    """GPTQ: sweeps of coordinate descent over all columns behind it, with scales fitted to the values after each."""
+    """GPTQ: sweeps of coordinate descent over all groups, or columns, behind it, with scales fitted to the values after each."""
     act_order: ActOrder = "none"
     """GPTQ: "static": columns are rounded in the order of falling activations, groups stay as they are; "gather": they are stored
     so, groups of alike columns, and the input is gathered in each step."""
@@ -85,8 +90,9 @@ class Recipe:
         ):
             if not low <= number <= high:
                 raise ValueError(f"recipe: {name} is {number}; allowed: {low} to {high}")
-        if self.max_bits is not None and self.max_error is not None:
-            raise ValueError("recipe: max_bits and max_error are both given; one budget at a time")
+        budgets = [name for name in _BUDGETS if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f"recipe: {' and '.join(budgets)} are given; one budget at a time")
         for pattern, override in self.overrides:
             if override is not None and override.overrides:
                 raise ValueError(f"recipe: the override {pattern!r} has overrides itself; give them in one list")
@@ -106,9 +112,14 @@ class Recipe:
         return dataclasses.replace(self, format=dataclasses.replace(self.format, group=group))
 
     @property
+    def mixed(self) -> bool:
+        """Whether layers get their formats under a budget."""
+        return any(getattr(self, name) is not None for name in _BUDGETS)
+
+    @property
     def calibrated(self) -> bool:
         """Whether it needs calibration data."""
-        if self.max_bits is not None or self.max_error is not None:
+        if self.mixed:
             return True
         members = (self, *(override for _, override in self.overrides if override is not None))
         return any(
@@ -170,6 +181,11 @@ def _recipe(text: str, **options: Any) -> Recipe:
     return Recipe(format=LinearFormat.parse(text), **options)
 
 
+def _gptq(text: str) -> Recipe:
+    """GPTQ to four bits. Stronger damping than the paper's 1% keeps weights from fitting the calibration tokens too closely."""
+    return _recipe(text, algorithm="gptq", gptq_damp=0.05, gptq_sweeps=1)
+
+
 RECIPES: dict[str, Recipe] = {
     "fp8": _recipe("fp8/fp8"),
     "fp8_static": _recipe("fp8:tensor/fp8_static"),
@@ -181,11 +197,13 @@ RECIPES: dict[str, Recipe] = {
     "int8_weight_only": _recipe("int8/none"),
     "int4": _recipe("int4:g128/none"),
     "int4_awq": _recipe("int4:g128:zp/none", algorithm="awq"),
-    "int4_gptq": _recipe("int4:g64:zp/none", algorithm="gptq", gptq_sweeps=2),
+    "int4_gptq": _gptq("int4:g32:zp/none"),
     "w4a8": _recipe("int4:g128/fp8"),
     "nvfp4": _recipe("nvfp4/nvfp4"),
-    "nvfp4_gptq": _recipe("nvfp4/nvfp4", algorithm="gptq"),
+    "nvfp4_gptq": _gptq("nvfp4/nvfp4"),
+    "nvfp4_fp8_gptq": _gptq("nvfp4/fp8"),
     "nvfp4_weight_only": _recipe("nvfp4/none"),
+    "nvfp4_weight_only_gptq": _gptq("nvfp4/none"),
     "mxfp4": _recipe("mxfp4/mxfp4"),
     "mxfp4_weight_only": _recipe("mxfp4/none"),
     "mxfp8": _recipe("mxfp8/mxfp8"),

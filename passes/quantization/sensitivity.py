@@ -5,8 +5,10 @@ as the format rounds them, for a sample of calibration tokens. From the formats 
 step, always where the error falls most for a bit (greedy, which solves the integer program of HAWQ-V3, Yao et al. 2020, well
 enough when the steps are many). A layer's steps are the lower convex hull of its (bits, error), so that no step hides a better one.
 
-    max_bits     steps are taken while the weights' average stays within the budget
-    max_error    the fewest steps whose quantized model, run on calibration tokens, is within the KL divergence, found by bisection
+    max_bits               steps are taken while the weights' average stays within the budget
+    max_activation_bits    the same with the bits of what the layers read, each number counted as often as it is multiplied
+    max_error              the fewest steps whose quantized model, run on calibration tokens, is within the KL divergence, found by
+                           bisection
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from ...graph.linear_format import LinearFormat, check_divides
+from ...graph.linear_format import Activations, LinearFormat, check_divides
 from ...graph.program import Program
 from ...graph.quant_formats import quantize_weight
 from .algorithm import LayerPlan, QuantizedLayer
@@ -35,11 +37,16 @@ SAMPLE_TOKENS = 1024
 """Tokens that errors of layers are measured on."""
 KL_TOKENS = 2048
 """Tokens that the divergence of a whole model is measured on."""
+ACTIVATION_BITS: dict[Activations, float] = {
+    "none": 16, "fp8": 8, "fp8_static": 8, "fp8_block": 8 + 32 / 128, "int8": 8, "int8_static": 8,
+    "nvfp4": 4 + 8 / 16, "mxfp4": 4 + 8 / 32, "mxfp8": 8 + 8 / 32,
+}  # fmt: skip
+"""Bits of a number of a layer's input with its share of a block's scale (a token's counts as free)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One format of one layer: None leaves it as it is. bits: of its whole weight. error: relative squared error of its output."""
+    """One format of one layer: None leaves it as it is. bits: that are budgeted. error: relative squared error of its output."""
 
     format: LinearFormat | None
     bits: float
@@ -94,14 +101,19 @@ def upgrades(choices: Mapping[fx.Node, list[Choice]]) -> tuple[dict[fx.Node, Cho
 def assign_formats(
     calibrator: Calibrator, program: Program, plan: Mapping[fx.Node, LayerPlan], recipe: Recipe
 ) -> dict[fx.Node, LayerPlan]:
-    """The plan with a format for each layer under the recipe's `max_bits` or `max_error`; what stays as it is, is left out.
+    """The plan with a format for each layer under the recipe's budget; what stays as it is, is left out.
 
     Raises ValueError where the budget cannot be met: the formats with the fewest bits already have more.
     """
-    start, steps = upgrades(measure(calibrator, program, plan, recipe.alternatives))
-    if recipe.max_bits is not None:
-        taken = _within_bits(start, steps, recipe.max_bits, sum(_numel(program, layer) for layer in plan))
-        return _apply(plan, start, taken)
+    choices = measure(calibrator, program, plan, recipe.alternatives)
+    if recipe.max_activation_bits is not None:
+        choices = {layer: _of_activations(options, _numel(program, layer)) for layer, options in choices.items()}
+    start, steps = upgrades(choices)
+    for name in ("max_bits", "max_activation_bits"):
+        budget = getattr(recipe, name)
+        if budget is not None:
+            taken = _within_bits(start, steps, budget, sum(_numel(program, layer) for layer in plan), name)
+            return _apply(plan, start, taken)
     assert recipe.max_error is not None
     divergence = _Divergence(calibrator, program)
     low, high = 0, len(steps)  # with all steps every layer is as it is, or as good as that
@@ -113,13 +125,24 @@ def assign_formats(
     return _apply(plan, start, steps[:low])
 
 
-def _within_bits(start: Mapping[fx.Node, Choice], steps: list[Step], max_bits: float, num_weights: int) -> list[Step]:
+def _of_activations(options: Sequence[Choice], num_weights: int) -> list[Choice]:
+    """The choices that quantize a layer, with the bits of its inputs in the place of its weights': one input number a weight."""
+    return [
+        replace(option, bits=num_weights * ACTIVATION_BITS[option.format.activations])
+        for option in options
+        if option.format is not None
+    ]
+
+
+def _within_bits(
+    start: Mapping[fx.Node, Choice], steps: list[Step], budget: float, num_weights: int, name: str
+) -> list[Step]:
     """The steps that fit, in order; a layer whose step does not fit takes none behind it."""
-    left = max_bits * num_weights - sum(choice.bits for choice in start.values())
+    left = budget * num_weights - sum(choice.bits for choice in start.values())
     if left < 0:
         least = sum(choice.bits for choice in start.values()) / num_weights
         raise ValueError(
-            f"max_bits is {max_bits:g} bits a weight, and the smallest formats of the recipe take {least:.3f}; raise it, or give "
+            f"{name} is {budget:g} bits, and the smallest formats of the recipe take {least:.3f}; raise it, or give "
             "smaller alternatives"
         )
     taken: list[Step] = []

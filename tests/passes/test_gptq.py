@@ -128,3 +128,30 @@ def test_fitted_scales_are_the_least_squares_ones() -> None:
         scale[3, 2] *= factor
         other = QuantizedWeight(parts.values, scale, parts.zero_point)
         assert output_error(weight, dequantize_weight(other, format), hessian) > least
+
+
+@pytest.mark.parametrize("act_order", ["none", "static"])
+@pytest.mark.parametrize("format", ["int4:g32:zp/none", "nvfp4/none", "mxfp4/none"])
+def test_a_sweep_over_groups_raises_the_loss_of_no_row(format: str, act_order: str) -> None:
+    """Rows are problems of their own; what is stored must have the scales that were found, not those before."""
+    parsed = LinearFormat.parse(format)
+    weight, hessian = _case()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    losses = []
+    for sweeps in (0, 1):
+        parts = gptq(weight, hessian, parsed, sweeps=sweeps, act_order=act_order).parts  # type: ignore[arg-type]
+        difference = dequantize_weight(parts, parsed) - weight
+        losses.append(((difference @ damped) * difference).sum(1))
+    assert (losses[1] <= losses[0] * 1.0001).all() and losses[1].sum() < 0.97 * losses[0].sum()
+
+
+def test_a_group_keeps_what_no_candidate_beats() -> None:
+    format = LinearFormat.parse("nvfp4/none")
+    weight, hessian = _case()
+    grid = Grid.of(weight, format)
+    current = dequantize_weight(grid.parts, format)[:, 16:32]
+    before = grid.parts.scale.view(torch.uint8).clone()
+    own = hessian[16:32, 16:32]
+    factor = torch.linalg.cholesky(torch.linalg.inv(own), upper=True)
+    assert torch.equal(grid.improve(current, current.clone(), 16, own, factor), current)
+    assert torch.equal(grid.parts.scale.view(torch.uint8), before)

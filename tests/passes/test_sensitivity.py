@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -52,6 +53,25 @@ def test_a_budget_of_bits_is_kept() -> None:
     assert {str(item.format) for item in chosen.values()} == {"int4:g32/none", "int8/none"}
     with pytest.raises(ValueError, match=r"max_bits is 3 .* take 5\.000"):
         CALIBRATOR.assign(program, plan, replace(recipe, max_bits=3.0))
+
+
+def test_a_budget_of_activation_bits_is_kept() -> None:
+    program = traced()
+    fp4, fp8 = LinearFormat.parse("nvfp4/nvfp4"), LinearFormat.parse("nvfp4/fp8")
+    recipe = Recipe(format=fp4, alternatives=(fp8,), max_activation_bits=6.0)
+    plan = plan_of(program, recipe)
+    chosen = CALIBRATOR.assign(program, plan, recipe)
+    assert recipe.calibrated and chosen.keys() == plan.keys()  # no layer is left as it is
+    sizes = {layer: math.prod(program.weights[item.weight].shape) for layer, item in chosen.items()}
+    bits = sum(sizes[layer] * (4.5 if item.format == fp4 else 8) for layer, item in chosen.items())
+    assert 5.0 < bits / sum(sizes.values()) <= 6.0
+    assert {
+        item.format for item in CALIBRATOR.assign(program, plan, replace(recipe, max_activation_bits=8.0)).values()
+    } == {fp8}
+    with pytest.raises(ValueError, match=r"max_activation_bits is 4 .* take 4\.500"):
+        CALIBRATOR.assign(program, plan, replace(recipe, max_activation_bits=4.0))
+    with pytest.raises(ValueError, match="max_bits and max_activation_bits are given"):
+        replace(recipe, max_bits=5.0)
 
 
 def test_a_budget_of_divergence_takes_the_fewest_steps() -> None:
