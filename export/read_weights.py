@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -19,9 +20,11 @@ from torch import Tensor
 
 from ..graph.weights import Weight
 
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES = 16 << 20
 """Most bytes of a read; each thread has pinned memory for two."""
 _THREADS = 8
+_SWITCH_SECONDS = 5e-4
+"""How soon a thread that wants the interpreter gets it meanwhile: engines are opened beside, which is mostly importing."""
 
 
 class _Piece(NamedTuple):
@@ -70,6 +73,8 @@ def fill(tensors: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> None:
     current = torch.cuda.current_stream(device) if device.type == "cuda" else None
     count = min(_THREADS, os.cpu_count() or 1, pieces.qsize())
     with ExitStack() as stack, ThreadPoolExecutor(max(count, 1), "weights") as pool:
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(_SWITCH_SECONDS)
         files = {path: stack.enter_context(open(path, "rb", buffering=0)).fileno() for path in paths}
         for job in [pool.submit(_read, pieces, files, device, current) for _ in range(count)]:
             job.result()

@@ -196,12 +196,12 @@ class InductorTarget:
         return Built(buffer.getvalue())
 
     def load(self, segment: Segment, engine: Path | None, device: torch.device) -> Lowered:
-        from torch._inductor import aoti_load_package
-
         assert engine is not None
         try:
             if device.type == "cuda":
                 return _open_source(segment, engine, device)
+            from torch._inductor import aoti_load_package
+
             # single-threaded: otherwise a call waits on the host until the previous one has left the device
             return _InductorSegment(aoti_load_package(str(engine), run_single_threaded=True))
         except and_kernel_errors(RuntimeError, OSError, ValueError) as error:

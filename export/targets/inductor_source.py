@@ -97,20 +97,38 @@ def _compile(exported: torch.export.ExportedProgram, options: Mapping[str, Any])
         compiled: Any = compile_fx_inner(graph_module, values, is_inference=True)
     if compiled.constants:
         raise RuntimeError(f"Inductor made constants of its own: {sorted(compiled.constants)}")
-    return without_unused_imports(compiled.source_code), constants
+    return with_fewer_imports(compiled.source_code), constants
 
 
-def without_unused_imports(source: str) -> str:
-    """The wrapper without imports of names that it never uses.
+_PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm"})
+"""Functions of torch that Inductor's `extern_kernels` holds under the same names."""
 
-    Inductor writes the same ones everywhere; two of them load a third of Inductor, its compiler included, when a segment is opened.
+
+def with_fewer_imports(source: str) -> str:
+    """The wrapper without imports of names that it never uses, and with torch's products instead of Inductor's names for them.
+
+    Inductor writes the same imports everywhere; some load half of its compiler when a segment is opened.
     """
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    kernels = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "extern_kernels"
+    }
     lines = source.splitlines(keepends=True)
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and not used & {alias.asname or alias.name for alias in node.names}:
-            lines[node.lineno - 1 : node.end_lineno] = ["\n"] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        names = {alias.asname or alias.name for alias in node.names}
+        if not used & names:
+            instead = "\n"
+        elif names == {"extern_kernels"} and kernels <= _PRODUCTS:
+            instead = "extern_kernels = torch\n"
+        else:
+            continue
+        end = node.end_lineno or node.lineno
+        lines[node.lineno - 1 : end] = [instead, *["\n"] * (end - node.lineno)]
     return "".join(lines)
 
 

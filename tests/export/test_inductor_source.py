@@ -46,12 +46,21 @@ def test_an_opened_archive_computes_what_the_module_computes(archive, tmp_path: 
 
 def test_imports_that_the_wrapper_does_not_use_are_left_out(archive) -> None:
     with zipfile.ZipFile(io.BytesIO(archive[1])) as files:
-        assert b"memory_planning" not in files.read("segment.py")
+        wrapper = files.read("segment.py")
+    assert b"memory_planning" not in wrapper and b"import extern_kernels" not in wrapper
     source = (
         "from math import inf\nfrom a.b import (\n    c as d,\n    e,\n)\nfrom f import g as h\nimport i\n\nx = h(e)\n"
     )
     left = "\nfrom a.b import (\n    c as d,\n    e,\n)\nfrom f import g as h\nimport i\n\nx = h(e)\n"
-    assert inductor_source.without_unused_imports(source) == left
+    assert inductor_source.with_fewer_imports(source) == left
+
+
+@pytest.mark.parametrize(("kernel", "stays"), [("mm", False), ("bmm", False), ("convolution", True)])
+def test_torchs_products_need_no_import(kernel: str, stays: bool) -> None:
+    line = "from torch._inductor.select_algorithm import extern_kernels\n"
+    call = f"extern_kernels.{kernel}(a, b, out=c)\n"
+    made = inductor_source.with_fewer_imports(line + call)
+    assert made == (line if stays else "extern_kernels = torch\n") + call
 
 
 def test_the_archive_holds_no_pickle(archive) -> None:
