@@ -30,7 +30,9 @@ for precision in fp8 bf16; do
   [ ${#save[@]} -gt 0 ] || continue
   for number in $(seq 1 "${START_REPEAT:-3}"); do
     rows "$precision" --start "$number" > "$work/start.json"
-    bench "$engine" --suite "$work/start.json"
+    # where packages cannot be written to, Python would compile their modules anew in every process
+    PYTHONDONTWRITEBYTECODE='' PYTHONPYCACHEPREFIX=${PYTHONPYCACHEPREFIX:-$work/pycache} \
+      bench "$engine" --suite "$work/start.json"
   done
   rm -rf "$engine"
 done

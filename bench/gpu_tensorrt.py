@@ -115,8 +115,8 @@ def clone(batch: Any) -> Any:
     )  # fmt: skip
 
 
-def large(out: dict[str, Any], model: Any, target: str, small: bool) -> None:
-    """Build, second build, decode steps, artifact and start of one target."""
+def large(out: dict[str, Any], model: Any, target: str, *, small: bool, starts: bool) -> None:
+    """Build, second build and decode steps of one target; with `starts` its artifact and starts from that."""
     import camshaft
 
     limits = {"max_seq_len": 4096, "max_batch_tokens": 8192, "max_sequences": 256}
@@ -137,6 +137,8 @@ def large(out: dict[str, Any], model: Any, target: str, small: bool) -> None:
     out["choices"] = list(engine.manifest.choices)
     out["report"] = list(engine.manifest.report)
     out.update(decode_times(engine, vocab))
+    if not starts:
+        return
     prompt = torch.randint(0, vocab, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     with camshaft.LLM(engine, kv_cache_bytes=1 << 28) as llm:
         token = llm.generate([prompt], camshaft.SamplingParams(temperature=0, max_tokens=1))[0].token_ids[0]
@@ -153,6 +155,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--families", default="demo,llama,qwen3,gemma2,mistral,gpt2,gpt_oss")
     parser.add_argument("--targets", default="tensorrt,inductor,auto")
+    parser.add_argument(
+        "--starts", default="tensorrt,inductor,auto", help="targets whose artifact is saved and started"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
@@ -172,7 +177,9 @@ def main() -> None:
         for target in targets:
             results.section(
                 f"8b {target}",
-                lambda entry, t=target: large(entry, model, t, options.small),  # type: ignore[misc]
+                lambda entry, t=target: large(  # type: ignore[misc]
+                    entry, model, t, small=options.small, starts=t in options.starts.split(",")
+                ),
             )
     results.write()
     print(json.dumps({key: value.get("error") for key, value in results.data.items() if isinstance(value, dict)}))

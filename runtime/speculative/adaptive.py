@@ -32,8 +32,9 @@ PROBE_AFTER, PROBE_AFTER_MOST = 4, 128
 """Rests after which drafts are tried again, at first and after many attempts in vain."""
 PLAIN_EVERY = 128
 """Steps with drafts after which there is one without."""
-MIN_GAIN = 1.02
-"""Drafts have to promise that much more tokens per second than none: estimates are noisy."""
+MIN_GAIN = 1.05
+"""Drafts have to promise that much more tokens per second than none: estimates are noisy, and steps without drafts overlap with the
+host's work."""
 
 
 @dataclass(slots=True)
