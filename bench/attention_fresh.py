@@ -1,4 +1,5 @@
-"""Prefill of fresh prompts on a GPU: our kernels and torch's own, checked against float32 and timed; for `gpu_attention.py`.
+"""Prefill of fresh prompts on a GPU: our kernel, FlashAttention 4 and torch's own, checked against float32 and timed; for
+`gpu_attention.py`.
 
 A candidate takes q [T, H, D], k, v [T, KV, D] and the rows where sequences start. Ours writes the cache as well: "attention us"
 is its time less that of the write. Times are sustained: the mean of the second half of `SUSTAINED_S` seconds without a pause.
@@ -7,9 +8,8 @@ cuDNN's attention over ragged rows is not among the candidates: torch 2.11 canno
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,21 +17,14 @@ import triton
 from attention_steps import BLOCK, CACHES, DEVICE, Step
 from attention_sweep import SUSTAINED_S, compile_all
 from camshaft.export.kernels.triton import paged_attention
-from camshaft.export.kernels.triton.prefill_config import Fresh, FreshConfig
+from camshaft.export.kernels.triton.attention import Fresh
 
 HEADS, KV = 32, 8
 SHAPES = {"64 x 128": [128] * 64, "8 x 1024": [1024] * 8, "4 x 2048": [2048] * 4, "1 x 8192": [8192]}
 RAGGED = [137, 512, 1, 300, 64, 1025, 9]
 CHANGED = [64, 1, 900, 3, 511, 9, 560]
 """As many sequences and rows as RAGGED."""
-TILES: dict[int, list[tuple[int, ...]]] = {  # head size -> block_m, block_n, warps, stages, programs a processor, registers
-    64: [(128, 128, 8, 2, 1), (128, 128, 8, 2, 2), (128, 64, 8, 3, 2), (64, 128, 4, 2, 3), (64, 64, 4, 3, 4)],
-    128: [
-        (128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (128, 32, 8, 3, 2, 128), (64, 64, 4, 2, 2),
-        (64, 128, 4, 2, 1), (256, 64, 8, 2, 1), (256, 32, 8, 3, 1),
-    ],
-    256: [(128, 64, 8, 2, 1), (128, 32, 8, 2, 1), (64, 64, 8, 2, 1), (64, 32, 4, 3, 2)],
-}  # fmt: skip
+HEAD_DIMS = (128, 64, 256)
 FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, triton.TritonError)
 """What a candidate may end with; it is noted and the next one is tried."""
 
@@ -108,30 +101,26 @@ class Prompts:
         return torch.cat(parts)
 
 
-def candidates(prompts: Prompts) -> Iterator[tuple[str, Fresh, Callable[[], torch.Tensor]]]:
-    """Name, tiles where it is a choice of ours, and the call."""
-    yield "paged", "paged", lambda: prompts.paged("paged")
-    for m, n, warps, stages, programs, *registers in TILES[prompts.dim]:
-        tiles = FreshConfig(
-            block_m=m, block_n=n, num_warps=warps, num_stages=stages, programs_per_processor=programs,
-            max_registers=registers[0] if registers else None,
-        )  # fmt: skip
-        name = " ".join([f"fresh {m}x{n} w{warps} s{stages} p{programs}", *(f"r{count}" for count in registers)])
-        yield name, tiles, lambda tiles=tiles: prompts.paged(tiles)
-    yield "flash-attention 2", None, prompts.flash
-    yield "cudnn dense", None, prompts.cudnn_dense
+def candidates(prompts: Prompts) -> list[tuple[str, Fresh, Callable[[], torch.Tensor]]]:
+    """Name, the choice of the op where it is one, and the call."""
+    return [
+        ("paged", "paged", lambda: prompts.paged("paged")),
+        ("flash-attention 4", "flash", lambda: prompts.paged("flash")),
+        ("flash-attention 2", None, prompts.flash),
+        ("cudnn dense", None, prompts.cudnn_dense),
+    ]
 
 
 def numerics(threads: int) -> list[dict[str, Any]]:
     """Largest error of every candidate, called and replayed from a CUDA graph with other lengths than it was captured with."""
     results = []
-    for dim in TILES:
+    for dim in HEAD_DIMS:
         prompts = Prompts(RAGGED, dim)
-        compile_all([call for _, tiles, call in candidates(prompts) if tiles is not None], threads)
-        for name, tiles, call in candidates(prompts):
+        compile_all([call for name, _, call in candidates(prompts) if name == "paged"], threads)
+        for name, fresh, call in candidates(prompts):
             if name == "cudnn dense":
                 continue
-            entry: dict[str, Any] = {"head size": dim, "kernel": name, "ours": tiles is not None}
+            entry: dict[str, Any] = {"head size": dim, "kernel": name, "ours": fresh is not None}
             try:
                 entry |= _error("called", call(), prompts)
                 prompts.max_len = sum(RAGGED)  # what a captured step knows of its lengths
@@ -184,14 +173,13 @@ def sustained_us(call: Callable[[], torch.Tensor]) -> float:
 
 
 def rows() -> list[dict[str, Any]]:
-    """All candidates: every shape at head size 128, 4 x 2048 at the others; then whole mixed steps. The best tiles last."""
-    results, best = [], []
-    for dim in (128, 64, 256):
-        times: dict[Fresh, list[float]] = {}
+    """All candidates: every shape at head size 128, 4 x 2048 at the others; then whole mixed steps."""
+    results = []
+    for dim in HEAD_DIMS:
         for shape, lengths in SHAPES.items() if dim == 128 else [("4 x 2048", SHAPES["4 x 2048"])]:
             prompts = Prompts(lengths, dim)
             write_us = sustained_us(lambda p=prompts: p.paged("paged", max_query_len=0))
-            for name, tiles, call in candidates(prompts):
+            for name, fresh, call in candidates(prompts):
                 entry: dict[str, Any] = {"head size": dim, "prompts": shape, "kernel": name}
                 try:
                     us = sustained_us(call)
@@ -199,23 +187,16 @@ def rows() -> list[dict[str, Any]]:
                     entry["error"] = str(error)[:300]
                 else:
                     entry["us"] = round(us, 1)
-                    if tiles is not None:
+                    if fresh is not None:
                         us = max(us - write_us, 0.1)
                         entry["attention us"] = round(us, 1)
-                        times.setdefault(tiles, []).append(us)
                     entry["TFLOP/s"] = round(prompts.flops / us / 1e6, 1)
                 results.append(entry)
                 print("  ".join(f"{key}={value}" for key, value in entry.items()), flush=True)
-        most = max(map(len, times.values()), default=0)
-        sums = {tiles: sum(entries) for tiles, entries in times.items() if len(entries) == most}
-        tiles, us = min(sums.items(), key=lambda pair: pair[1], default=(None, 0.0))
-        best.append({"head size": dim, "best of ours": str(tiles), "sum of attention us": round(us, 1)})
-        if dim == 128 and isinstance(tiles, FreshConfig):
-            results += _mixed(tiles)
-    return results + best
+    return results + _mixed()
 
 
-def _mixed(tiles: FreshConfig) -> list[dict[str, Any]]:
+def _mixed() -> list[dict[str, Any]]:
     """Steps with decodes and continued prompts among the fresh ones, with the bounds of a captured graph."""
     results = []
     steps = {
@@ -225,8 +206,11 @@ def _mixed(tiles: FreshConfig) -> list[dict[str, Any]]:
     for (name, lengths), cache in itertools.product(steps.items(), CACHES):
         step = Step(lengths, cache, layers=4)
         bounds = {"max_query_len": sum(n for n, _ in lengths), "max_seq_len": 4096}
-        entry: dict[str, Any] = {"step": name, "cache": cache, "tiles": str(dataclasses.astuple(tiles))}
-        for label, fresh in (("paged", "paged"), ("fresh", tiles)):
-            entry[f"{label} us"] = round(step.time_us(fresh=fresh, **bounds), 1)
+        entry: dict[str, Any] = {"step": name, "cache": cache}
+        for fresh in ("paged", "flash"):
+            try:
+                entry[f"{fresh} us"] = round(step.time_us(fresh=fresh, **bounds), 1)
+            except FAILURES as error:
+                entry[f"{fresh} error"] = str(error)[:300]
         results.append(entry)
     return results

@@ -5,7 +5,6 @@ write         rope, keys and values into the cache; the tiles of a step
 rotate        rope of vectors as they are loaded
 decode        sequences with one query row: split keys
 prefill       sequences with several query rows: tiles of rows
-prefill_fresh such sequences without cached tokens, from the step's own rows; prefill_config says when
 softmax       the inner loop that both share
 tree          the masks of token trees
 copy_slots    keys and values from slot to slot, in all layers

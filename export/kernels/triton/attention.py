@@ -6,8 +6,8 @@ nothing is read back and no allocation depends on data: a step can be captured i
                           decode                     programs of sequences with another number of rows return at once
                           tiles (once a step)        which rows of which sequences make a tile
                           prefill                    sequences with two rows or more, or of them
-                          prefill_fresh, prefill     those without cached tokens, whose keys are rows of the step; and the rest
-                          FlashAttention, prefill    the same where that package is installed
+                          FlashAttention, prefill    where that package is: those without cached tokens, whose keys are rows of
+                                                     the step; and the rest
     batch_invariant       write, tiles, prefill      every row alike: the same key blocks in the same order
 """
 
@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import flash
 from ..checks import check_arguments
@@ -32,9 +31,7 @@ from .configs import DecodeConfig, PrefillConfig, decode_config, num_splits, pre
 from .decode import decode_kernel, join_kernel
 from .launch import launch
 from .prefill import prefill_kernel
-from .prefill_config import FEWEST_ROWS, Fresh, FreshConfig, fresh_config, why_not_fresh
-from .prefill_fresh import prefill_fresh_kernel
-from .write import ALL, CONTINUING, FRESH, tiles_kernel, write_kernel
+from .write import ALL, CONTINUING, tiles_kernel, write_kernel
 
 _MAX_HEAD_DIM = 512
 _WRITE_BLOCK = 2048
@@ -42,6 +39,7 @@ _INVARIANT_BLOCK_M = 64
 """Query vectors a tile in batch-invariant mode, where decode steps use the same tiles as prompts."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _FP8 = torch.float8_e4m3fn
+Fresh = Literal["paged", "flash"] | None
 _FP8_Q_SCALE = 1 / 16
 """bfloat16 queries over an fp8 cache are multiplied as float16, whose range they might leave."""
 
@@ -178,11 +176,12 @@ def paged_attention(
         rope: turns q and k first; keys are cached as they are turned.
         tree_mask: as in the reference; all sequences of several rows are then read from the cache.
         state: what calls share; made for this call if None.
-        decode, prefill, fresh: tile sizes instead of those of `configs` and `prefill_config`, to measure them.
+        decode, prefill: tile sizes instead of those of `configs`, to measure them.
+        fresh: how prompts without cached tokens are served; None: by FlashAttention where it is installed and serves them.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a head size above 512, a scale that is not positive; `fresh`
-            for tensors that its kernel cannot read, or FlashAttention where it does not serve them.
+        ValueError: shapes, dtypes or devices that do not fit, a head size above 512, a scale that is not positive;
+            fresh='flash' for what FlashAttention does not serve.
     """
     check_arguments(
         q, k, v, k_cache, v_cache, slot_mapping, block_tables, query_start, seq_lens, sinks, alibi_slopes, window,
@@ -210,46 +209,31 @@ def paged_attention(
         if max_query_len == 1 and not batch_invariant and call.num_seqs:
             _decode(call, decode, max_seq_len, state, write=True)
             return out
-        paged = batch_invariant or max_query_len < FEWEST_ROWS or tree_mask is not None
-        way = None if paged else _fresh_way(call, fresh, max_query_len)
-        call = _write(call, keep_keys=way is not None)
+        by_flash = not (batch_invariant or tree_mask is not None) and _takes_flash(call, fresh, max_query_len)
+        call = _write(call, keep_keys=by_flash)
         if max_query_len and call.num_seqs:
             if not batch_invariant:
                 _decode(call, decode, max_seq_len, state, write=False)
-            if way == "flash":
+            if by_flash:
                 flash.attend_fresh(
                     call.q, call.k, v, out, query_start, seq_lens, scale=scale, window=window, max_query_len=max_query_len,
                     state=state,
                 )  # fmt: skip
-            elif way is not None:
-                _prefill_fresh(call, way, state)
-            _prefill(
-                call, prefill, None if batch_invariant else max_query_len, state, ALL if way is None else CONTINUING
-            )
+            kind = CONTINUING if by_flash else ALL
+            _prefill(call, prefill, None if batch_invariant else max_query_len, state, kind)
     return out
 
 
-def _fresh_way(call: _Call, fresh: Fresh, max_query_len: int) -> FreshConfig | Literal["flash"] | None:
-    """How the sequences without cached tokens are served: by FlashAttention, with tiles, or (None) from the cache."""
-    if fresh == "paged":
-        return None
-    if not isinstance(fresh, FreshConfig):
-        reason = flash.why_not_flash(
-            call.q, call.k, call.v, softcap=call.softcap, sinks=call.sinks, alibi=call.alibi_slopes
-        )
-        if fresh == "flash":
-            if reason:
-                raise ValueError(f"paged_attention: fresh='flash': {reason}")
-            return "flash"
-        if not reason and max_query_len >= flash.FEWEST_ROWS:
-            return "flash"
-        return fresh_config(call.q, call.k, call.v, call.rope)
-    reason = why_not_fresh(call.q, call.k, call.v, call.rope)
-    if reason or call.group > fresh.block_m:
-        raise ValueError(
-            f"paged_attention: fresh={fresh}, {call.group} query heads of a kv head; {reason or 'too many'}"
-        )
-    return fresh
+def _takes_flash(call: _Call, fresh: Fresh, max_query_len: int) -> bool:
+    """Whether FlashAttention serves the sequences without cached tokens; otherwise they are read from the cache."""
+    if fresh == "paged" or fresh is None and max_query_len < flash.FEWEST_ROWS:
+        return False
+    reason = flash.why_not_flash(
+        call.q, call.k, call.v, softcap=call.softcap, sinks=call.sinks, alibi=call.alibi_slopes
+    )
+    if reason and fresh == "flash":
+        raise ValueError(f"paged_attention: fresh='flash': {reason}")
+    return not reason
 
 
 def _write(call: _Call, *, keep_keys: bool) -> _Call:
@@ -335,25 +319,6 @@ def _prefill(
         **call.options(), BLOCK_M=block_m, TREE=call.tree_mask is not None,
         BLOCK_N=config.block_n, MASK_ALL=max_query_len is None, NUM_STAGES=config.num_stages,
         num_warps=4 if block_m <= 64 and max(call.padded_dims) <= 128 else config.num_warps,
-    )  # fmt: skip
-
-
-def _prefill_fresh(call: _Call, config: FreshConfig, state: AttentionState) -> None:
-    """Attention of the sequences with two rows or more and no cached token, into `call.out`; queries and keys are turned."""
-    q, k, v, block_n = call.q, call.k, call.v, config.block_n
-    num_tokens, kv, dim = k.shape
-    tiles, bound = _tiles(call, state, FRESH, 2, config.block_m // call.group)
-    k_blocks = TensorDescriptor(k, [num_tokens, kv * dim], [k.stride(0), 1], [block_n, dim])
-    v_blocks = TensorDescriptor(v, [num_tokens, kv * v.shape[2]], [v.stride(0), 1], [block_n, v.shape[2]])
-    programs = config.programs_per_processor * num_processors(q.device)
-    registers: dict[str, Any] = {"maxnreg": config.max_registers} if config.max_registers else {}
-    launch(
-        prefill_fresh_kernel, (min(bound * kv, programs),),
-        q, k, v, k_blocks, v_blocks, call.out, tiles, call.query_start, call.sinks, call.alibi_slopes, *q.stride()[:2],
-        k.stride(0), v.stride(0), call.scale, call.softcap, WINDOW=call.window, SOFTCAP=call.softcap > 0,
-        SINKS=call.sinks is not None, ALIBI=call.alibi_slopes is not None, KV=kv, GROUP=call.group, D=dim,
-        DV=v.shape[2], BLOCK_M=config.block_m, BLOCK_N=block_n, NUM_STAGES=config.num_stages,
-        num_warps=config.num_warps, **registers,
     )  # fmt: skip
 
 

@@ -8,9 +8,9 @@ import triton.language as tl
 from .rotate import load_turned
 from .softmax import saturate
 
-ALL, FRESH, CONTINUING = 0, 1, 2
-"""Kinds of sequences that `tiles_kernel` lists: every one, those without cached tokens, and the others."""
-_FRESH, _CONTINUING = tl.constexpr(FRESH), tl.constexpr(CONTINUING)
+ALL, CONTINUING = 0, 1
+"""Kinds of sequences that `tiles_kernel` lists: every one, and those with cached tokens."""
+_CONTINUING = tl.constexpr(CONTINUING)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -87,9 +87,7 @@ def tiles_kernel(
         inside = at < num_seqs
         rows = tl.load(query_start + at + 1, mask=inside, other=0) - tl.load(query_start + at, mask=inside, other=0)
         listed = rows >= MIN_ROWS
-        if KIND == _FRESH:
-            listed = listed & (tl.load(seq_lens + at, mask=inside, other=0) == rows)
-        elif KIND == _CONTINUING:
+        if KIND == _CONTINUING:
             listed = listed & (tl.load(seq_lens + at, mask=inside, other=0) != rows)
         count = tl.where(listed, (rows + BLOCK_Q - 1) // BLOCK_Q, 0)
         end = total + tl.cumsum(count, 0)
