@@ -16,6 +16,7 @@ import torch
 import triton
 from attention_steps import BLOCK, CACHES, DEVICE, Step
 from attention_sweep import SUSTAINED_S, compile_all
+from camshaft.export.kernels import flash
 from camshaft.export.kernels.triton import paged_attention
 from camshaft.export.kernels.triton.attention import Fresh
 
@@ -120,7 +121,11 @@ def numerics(threads: int) -> list[dict[str, Any]]:
         for name, fresh, call in candidates(prompts):
             if name == "cudnn dense":
                 continue
-            entry: dict[str, Any] = {"head size": dim, "kernel": name, "ours": fresh is not None}
+            entry: dict[str, Any] = {
+                "head size": dim,
+                "kernel": name,
+                "ours": fresh == "paged" or fresh == "flash" and flash.forward() is not None,
+            }
             try:
                 entry |= _error("called", call(), prompts)
                 prompts.max_len = sum(RAGGED)  # what a captured step knows of its lengths
