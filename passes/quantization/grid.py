@@ -8,7 +8,6 @@ compensation has made of its columns; `Grid.improve` finds scales and values of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,7 +62,8 @@ class Grid:
         Cholesky factor of the Hessian's inverse, and the scale that loses least by the group's end is taken.
         """
         candidates = _Scales.of(columns, self.format, self.parts.global_scale)
-        best = _compensated_loss(columns, factor, candidates, self.format).argmin(0, keepdim=True)
+        loss, _ = _compensated(columns, factor, candidates, self.format)
+        best = loss.argmin(0, keepdim=True)
         self._take(index // self.width, candidates.at(best))
 
     def improve(self, current: Tensor, target: Tensor, index: int, hessian: Tensor, factor: Tensor) -> Tensor:
@@ -78,12 +78,13 @@ class Grid:
         present = _Scales(_bits(self.parts.scale[:, group])[None], self.scale[None, :, group].clone(), zero_points)
         candidates = _Scales.of(target, self.format, self.parts.global_scale)
         candidates = candidates.joined(present.fitted(current, target, hessian, self.parts)).joined(present)
-        least, best = _compensated_loss(target, factor, candidates, self.format).min(0, keepdim=True)
+        loss, rounded = _compensated(target, factor, candidates, self.format)
+        least, best = loss.min(0, keepdim=True)
         missing = current - target
         stays = ((missing @ hessian) * missing).sum(1) <= least[0]
-        chosen = candidates.at(best.masked_fill(stays, len(candidates.decoded) - 1))
-        self._take(group, chosen)
-        return torch.where(stays[:, None], current, _compensated(target, factor, chosen, self.format))
+        self._take(group, candidates.at(best.masked_fill(stays, len(loss) - 1)))
+        found = rounded.gather(0, best[:, :, None].expand(1, *target.shape))[0]
+        return torch.where(stays[:, None], current, found)
 
     def _take(self, group: int, chosen: _Scales) -> None:
         """Gives the rows' groups their scales, [1, N]."""
@@ -169,33 +170,19 @@ class _Scales:
         return _Scales(scale, scale, self.zero_points)
 
 
-def _compensated_loss(columns: Tensor, factor: Tensor, scales: _Scales, format: LinearFormat) -> Tensor:
-    """What rounding columns [N, g] one by one, errors answered by those behind, costs each row with each scale: [C, N]."""
+def _compensated(columns: Tensor, factor: Tensor, scales: _Scales, format: LinearFormat) -> tuple[Tensor, Tensor]:
+    """Rounds columns [N, g] one by one, errors answered by those behind, with each scale: (loss [C, N], values [C, N, g])."""
+    zero_points = scales.zero_points
     work = columns.expand(scales.decoded.shape[0], *columns.shape).clone()
     loss = torch.zeros_like(scales.decoded)
-    for error in _compensate(work, factor, scales, format):
-        loss += error.square()
-    return loss
-
-
-def _compensated(columns: Tensor, factor: Tensor, scales: _Scales, format: LinearFormat) -> Tensor:
-    """Columns [N, g] rounded so, with one scale [1, N] for each row."""
-    work = columns[None].clone()
-    for _ in _compensate(work, factor, scales, format):
-        pass
-    return work[0]
-
-
-def _compensate(work: Tensor, factor: Tensor, scales: _Scales, format: LinearFormat) -> Iterator[Tensor]:
-    """Rounds the columns of `work` [C, N, g] in place; yields each column's error over the factor's diagonal, [C, N]."""
-    zero_points = scales.zero_points
-    for column in range(work.shape[2]):
+    for column in range(columns.shape[1]):
         value = work[:, :, column].clone()
         rounded = round_scaled(value / scales.decoded, zero_points, format)
         work[:, :, column] = (rounded if zero_points is None else rounded - zero_points) * scales.decoded
         error = (value - work[:, :, column]) / factor[column, column]
+        loss += error.square()
         work[:, :, column + 1 :] -= error[:, :, None] * factor[column, column + 1 :]
-        yield error
+    return loss, work
 
 
 def _bits(scale: Tensor) -> Tensor:
