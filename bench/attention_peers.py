@@ -214,7 +214,13 @@ def main() -> int:
     if unknown:
         parser.error(f"--only names {sorted(unknown)}; allowed are {JOBS}")
     jobs = [job for job in JOBS if job in options.only.split(",")]
-    results: dict[str, Any] = {"command": "python3 " + " ".join(sys.argv), "prepare": [], "rows": []}
+    from camshaft.runtime.bench.environment import git_commit, machine, package_versions
+
+    packages = ("torch", "triton", "flashinfer-python", "flash-attn-4", "nvidia-cutlass-dsl")
+    results: dict[str, Any] = {
+        "command": "python3 " + " ".join(sys.argv), "machine": machine(), "versions": package_versions(packages),
+        "commit": git_commit(), "prepare": [], "rows": [],
+    }  # fmt: skip
     end = time.monotonic() + options.prepare
     processes = {job: start(job, options.site, prepare=True) for job in jobs}
     for job, process in processes.items():

@@ -243,10 +243,13 @@ def main() -> None:
     names = args.recipes.split(",")
     if unknown := set(names) - set(RECIPES):
         parser.error(f"unknown recipes {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
+    from camshaft.runtime.bench.environment import git_commit, machine, package_versions
+
     args.out.mkdir(parents=True, exist_ok=True)
     deadline = time.perf_counter() + args.seconds
     results: dict[str, Any] = {
-        "command": "python3 " + " ".join(sys.argv), "context": args.context, "prompt_tokens": args.prompt_tokens, "recipes": {},
+        "command": "python3 " + " ".join(sys.argv), "machine": machine(), "versions": package_versions(), "commit": git_commit(),
+        "context": args.context, "prompt_tokens": args.prompt_tokens, "recipes": {},
     }  # fmt: skip
     children = {name: Child(name, args, args.out / f"gpu-quant-model-{name}.log") for name in names}
     for one in children.values():  # all of them, so that the first is alone when it measures
