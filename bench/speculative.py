@@ -18,6 +18,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def run(engine: Any, config: SpeculativeConfig | None, prompts: list[list[int]],
         outputs = llm.generate(prompts, params, progress=False)
         return {"tokens": [o.token_ids for o in outputs], "seconds": time.perf_counter() - start, "stats": llm.stats()}
 
+
+TREE = (
+    (0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 0, 0, 0),
+)  # fmt: skip
+"""A token tree for EAGLE, whose paths are choices by rank."""
 
 Engines = dict[str, Any]
 """Engines of methods that need one of their own, by name; all others run on the plain engine."""
@@ -190,7 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results/cpu-speculative.json"))
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 4, 16], help="none: no speeds")
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
@@ -219,7 +225,11 @@ def main() -> None:
     }
     fixed = {name: config for name, config in fixed.items() if name in args.methods}
     timed = {name: config for name, config in timed.items() if name.split(",")[0] in ("plain", *args.methods)}
-    engines = {name: hidden for name in (*fixed, *timed) if name.startswith(("heads", "eagle"))}
+    eagle = partial(SpeculativeConfig, method="eagle", model=str(demo.eagle_path()), adaptive=False)
+    longer = {f"eagle, {count} tokens": eagle(num_draft_tokens=count) for count in (6, 8)}
+    longer[f"eagle, tree of {len(TREE)}"] = eagle(num_draft_tokens=5, tree=TREE)
+    lengths = fixed | (longer if "eagle" in args.methods else {})
+    engines = {name: hidden for name in (*lengths, *timed) if name.startswith(("heads", "eagle"))}
     prompts = held_out(args.prompts, tokenizer, 100)
     document: dict[str, Any] = {
         "command": f"python bench/speculative.py --prompts {args.prompts} --repeats {args.repeats} --threads {args.threads}"
@@ -230,7 +240,7 @@ def main() -> None:
     }  # fmt: skip
     document["agreement"] = agreement(engine, fixed, prompts, engines)
     print(json.dumps(document["agreement"], indent=1), flush=True)
-    document["acceptance"] = accepted_lengths(engine, fixed, tokenizer, engines)
+    document["acceptance"] = accepted_lengths(engine, lengths, tokenizer, engines)
     for name, entry in document["acceptance"].items():
         print(f"{name:50} {entry['mean_accepted_length']:.2f}", flush=True)
     texts = {"held-out text": held_out(16, tokenizer, 200, seed=2), "repetitive code": code(tokenizer) * 3}
