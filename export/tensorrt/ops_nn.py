@@ -103,8 +103,8 @@ def _rope(b: Builder, out: Spec, x: Value, cos: Value, sin: Value, interleaved: 
 # ----------------------------------------------------------------------------------------------------------- products
 _NARROW, _WIDE = 4096, 16384
 """Columns of a product that make few programs, and enough of them."""
-_LONG, _LONGEST = 2048, 8192
-"""Summed elements from which a product may be cut, and from which one row is summed in two steps."""
+_LONG = 2048
+"""Summed elements from which a product may be cut."""
 
 
 def _linear(b: Builder, out: Spec, x: Value, weight: Value, bias: Value | None = None) -> Value:
@@ -120,17 +120,15 @@ def _linear(b: Builder, out: Spec, x: Value, weight: Value, bias: Value | None =
 def _product(b: Builder, x: Value, weight: Value) -> Value:
     """x [M, K] @ weight [N, K].T, in the form that TensorRT runs fastest: it has no good kernels of its own for few rows.
 
-    Measured on an H200 with the products of a layer of Llama-3.1-8B in bf16, 1 to 256 rows. One row: as multiplications and
-    sums, for which it makes one kernel (two, of long rows), 9% to 18% faster than a product. Four parts of the summed dimension
-    win to 32 rows and lose at 64, two win at 128 and 256. Wide results (28,672 columns) are enough work as they are from 16
-    rows on, but 32 rows run 14% faster as 64; 64 rows by 6,144 columns 20% faster as 128.
+    Measured on an H200 with the products of a layer of Llama-3.1-8B in bf16, 1 to 256 rows. Four parts of the summed dimension
+    win to 32 rows and lose at 64, two win at 128 and 256. Wide results (28,672 columns) are enough work as they are from 16 rows
+    on, but 32 rows run 14% faster as 64; 64 rows by 6,144 columns 20% faster as 128. (One row as multiplications and a sum is 14%
+    faster alone, and makes a whole layer a third slower.)
     """
     count, (columns, summed) = x.shape[0], weight.shape
     wide = columns > _WIDE
     if x.dtype not in HALF or summed < _LONG:
         return b.matmul(x, weight, transpose_y=True)
-    if count == 1:
-        return _as_sums(b, x, weight)
     if 16 < count <= 32 and wide or 32 < count <= 64 and _NARROW < columns <= _WIDE:
         return _with_more_rows(b, x, weight, 64 if wide else 128)
     parts = 4 if count <= (8 if wide else 32) else 2 if 64 < count <= 256 and not wide else 1
@@ -142,15 +140,6 @@ def _product(b: Builder, x: Value, weight: Value) -> Value:
 def _with_more_rows(b: Builder, x: Value, weight: Value, rows: int) -> Value:
     """x [M, K] @ weight [N, K].T as a product of `rows` rows, those behind the first M zeros."""
     return b.slice(b.matmul(b.longer(x, 0, rows), weight, transpose_y=True), 0, 0, x.shape[0])
-
-
-def _as_sums(b: Builder, x: Value, weight: Value) -> Value:
-    """x [1, K] @ weight [N, K].T as multiplications and sums in float32, of long rows first over four pieces."""
-    columns, summed = weight.shape
-    pieces = 4 if summed >= _LONGEST and summed % 4 == 0 else 1
-    left, right = (b.cast(b.reshape(v, (v.shape[0], pieces, summed // pieces)), torch.float32) for v in (x, weight))
-    total = b.reduce("SUM", b.elementwise("PROD", right, left, torch.float32), [2], False)
-    return b.cast(b.reshape(b.reduce("SUM", total, [1], False) if pieces > 1 else total, (1, columns)), x.dtype)
 
 
 def _in_parts(b: Builder, x: Value, weight: Value, parts: int) -> Value:

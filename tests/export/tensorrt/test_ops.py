@@ -197,20 +197,17 @@ def test_a_missing_size_is_named() -> None:
         build_segment(build(Case("aten.add.Tensor", [X, Y]))[0], {"R": 3})
 
 
-@pytest.mark.parametrize("summed", [2048, 8192])
-@pytest.mark.parametrize(
-    ("num_tokens", "products", "sums"), [(8, 1, 1), (64, 1, 0), (128, 1, 1), (512, 1, 0), (1, 0, 1)]
-)
-def test_long_sums_of_few_rows_are_cut_and_those_of_one_are_no_products(
-    num_tokens: int, products: int, sums: int, summed: int
-) -> None:
-    x, weight = In([1, "T", summed], dtype=torch.bfloat16), In([24, summed], dtype=torch.bfloat16, weight=True)
+@pytest.mark.parametrize(("num_tokens", "cut"), [(1, True), (8, True), (64, False), (128, True), (512, False)])
+def test_long_sums_of_few_rows_are_cut(num_tokens: int, cut: bool) -> None:
+    x, weight = In([1, "T", 2048], dtype=torch.bfloat16), In([24, 2048], dtype=torch.bfloat16, weight=True)
     case = Case("aten.linear.default", [x, weight])
-    compare(case, num_tokens, 4 * torch.finfo(torch.bfloat16).eps * summed**0.5)  # about the size of such sums
+    compare(
+        case, num_tokens, 4 * torch.finfo(torch.bfloat16).eps * 45
+    )  # sums of 2,048 products: their size is about 45
     segment, _ = segment_inputs(case, num_tokens)
     layers = build_segment(segment, {"T": num_tokens}).layers
-    assert layers.get("MATRIX_MULTIPLY", 0) == products
-    assert layers.get("REDUCE", 0) == sums + (num_tokens == 1 and summed == 8192)
+    assert layers["MATRIX_MULTIPLY"] == 1
+    assert layers.get("REDUCE", 0) == cut
 
 
 @pytest.mark.parametrize(
