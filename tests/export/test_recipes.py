@@ -37,7 +37,7 @@ def _recipe(name: str) -> Recipe:
     return recipe.with_group(32) if grouped else recipe
 
 
-def _check(model: Any, recipe: Recipe, data: CalibrationData | None) -> None:
+def _check(model: Any, recipe: Recipe, data: CalibrationData | None, tie: float = TIE) -> None:
     engine = camshaft.compile(
         model, target="eager", device="cpu", max_seq_len=96, max_batch_tokens=16, max_sequences=4, block_size=8,
         quantize=recipe, calibration=data, cache=False, progress=False,
@@ -54,7 +54,7 @@ def _check(model: Any, recipe: Recipe, data: CalibrationData | None) -> None:
         tokens = result.outputs[0].token_ids
         rows = run_row(reference, torch.tensor([*prompt, *tokens[:-1]]))[len(prompt) - 1 :].float()
         chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        assert (rows.amax(1) - chosen <= TIE * rows.abs().max()).all()
+        assert (rows.amax(1) - chosen <= tie * rows.abs().max()).all()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -67,7 +67,7 @@ def test_recipes_run_as_their_program_says(name: str, monkeypatch: pytest.Monkey
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not recipe.calibrated])
 def test_recipes_on_the_demo_model(name: str) -> None:
-    _check(str(demo.path()), Recipe.named(name), None)
+    _check(str(demo.path()), Recipe.named(name), None, tie=0.05)  # what `camshaft build --verify` allows
 
 
 def test_recipes_as_data() -> None:
