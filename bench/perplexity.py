@@ -36,11 +36,14 @@ def options_of(variant: str) -> dict[str, Any]:
     for part in variant.split("+"):
         if part in ("kv_fp8", "kv_int8"):
             options["kv_cache_dtype"] = part.removeprefix("kv_")
-        elif part in RECIPES:
-            options["quantize"] = part
+        elif part.split(":g")[0] in RECIPES:
+            options["quantize"], *sizes = part.split(":g")
+            if sizes:
+                options["group"] = int(sizes[0])
         elif part != "plain":
             raise ValueError(
-                f"variant {variant!r} is unknown; known: plain, kv_fp8, kv_int8, {', '.join(RECIPES)}, joined by +"
+                f"variant {variant!r} is unknown; known: plain, kv_fp8, kv_int8, {', '.join(RECIPES)} (RECIPE:g64: in "
+                "groups of 64), joined by +"
             )
     return options
 
