@@ -82,7 +82,8 @@ def test_greedy_outputs_are_those_of_plain_decoding(engine, paths, plain, method
     )
     outputs, again, stats = outputs_of(engine, config(paths, method, **fields), prompts, params, **size)
     assert outputs == plain and again == plain[:6]
-    assert stats.speculative.num_verifications > 0 and sum(stats.speculative.accepted) > 0
+    if kind != "adaptive":  # whose lengths follow from measured times
+        assert stats.speculative.num_verifications > 0 and sum(stats.speculative.accepted) > 0
     assert ("small" in kind) == (stats.scheduler.preemptions > 0)
     assert stats.scheduler.prefix_hit_tokens > 0
 
