@@ -5,27 +5,21 @@ Where the package is missing, and on the CPU in Triton's interpreter (TRITON_INT
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from paged_attention_cases import Case, dense_attention, make_case
 from torch import Tensor
+from triton_cases import DEVICE, HALF, INTERPRET, TOLERANCE, needs_cuda_graphs, require_triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not torch.cuda.is_available() and not INTERPRET:
-    pytest.skip("no CUDA device (TRITON_INTERPRET=1 runs these on the CPU)", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed")
+require_triton()
 
 from camshaft.export.kernels import flash, triton  # noqa: E402
 from camshaft.export.kernels.rope import Rope  # noqa: E402
 from camshaft.export.kernels.state import AttentionState  # noqa: E402
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cpu" if INTERPRET else "cuda"
-HALF = torch.float16 if INTERPRET else torch.bfloat16  # the interpreter multiplies bfloat16's bits as integers
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 MIXED = [(1, 37), (150, 150), (0, 0), (30, 70), (1, 1), (33, 33), (17, 17), (2, 2), (1, 90), (200, 200)]
 
 
@@ -59,12 +53,10 @@ def package(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(case: Case, **more: Any) -> Tensor:
-    if INTERPRET:
-        more["fresh"] = "flash"
-        with pytest.MonkeyPatch.context() as patch:  # its check asks for a CUDA tensor
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRET:  # the check asks for a CUDA tensor
             patch.setattr(flash, "why_not_flash", lambda *args, **options: "")
-            return case.call(triton.paged_attention, **more)
-    return case.call(triton.paged_attention, **{"fresh": "flash", **more})
+        return case.call(triton.paged_attention, fresh="flash", **more)
 
 
 def check(case: Case, **more: Any) -> None:
@@ -118,7 +110,7 @@ def test_layers_share_the_lengths() -> None:
     assert state.fresh_lens is None
 
 
-@pytest.mark.skipif(INTERPRET, reason="captures need a GPU")
+@needs_cuda_graphs
 def test_replayed_with_other_sequences(package: str) -> None:
     if package == "stand-in":
         pytest.skip("it reads lengths back")
