@@ -42,7 +42,7 @@ from .write import ALL, CONTINUING, tiles_kernel, write_kernel
 _MAX_HEAD_DIM = 512
 _WRITE_BLOCK = 2048
 _FEWEST_BESIDE = 256
-"""Rows of a step from which its prompts run beside its decode rows: shorter ones would pay more for the two joins than they gain."""
+"""Rows of a step from which its prompts run beside its decode rows; in shorter ones two joins may cost more than they gain."""
 _INVARIANT_BLOCK_M = 64
 """Query vectors a tile in batch-invariant mode, where decode steps use the same tiles as prompts."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
