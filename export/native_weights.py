@@ -15,8 +15,10 @@ from torch import Tensor
 from ..graph.linear_format import LinearFormat
 from .native_program import Unsupported
 
-_CHUNK_BYTES = 32768
-"""Weights that a thread takes at a time: a few microseconds of work, against tens of nanoseconds for the taking."""
+_CHUNK_BYTES = (32768, 131072)
+"""Weights that a thread takes at a time, least and most: a few microseconds of work, against tens of nanoseconds for the taking."""
+_CHUNKS = 32
+"""Chunks that a weight is cut into within these bounds: few, since each begins with memory that nothing has asked for ahead."""
 _MAX_GROUP = 256
 """Longest group along K: sums of its products of int16 with int8 fit into 32 bits."""
 _MAX_EXACT = 130_000
@@ -63,7 +65,7 @@ class WeightStore:
                 self.copied_bytes += stored.numel() * stored.element_size()
             row_bytes, step = (4 * weight_NK.shape[1], 4) if packed is None else (2 * weight_NK.shape[1], self.panel)
             # the weight itself is kept so that its address stays its own
-            self._stored[key] = weight_NK, (stored, int(packed is not None), _per_chunk(row_bytes, step))
+            self._stored[key] = weight_NK, (stored, int(packed is not None), _per_chunk(row_bytes, weight_NK.shape[0], step))
         return self._stored[key][1]
 
     def _pack(self, weight_NK: Tensor) -> Tensor | None:
@@ -84,8 +86,11 @@ class WeightStore:
         return self._integers[key][1]
 
 
-def _per_chunk(row_bytes: int, step: int) -> int:
-    return max(1, round(_CHUNK_BYTES / row_bytes / step)) * step
+def _per_chunk(row_bytes: int, num_outputs: int, step: int) -> int:
+    """Outputs per chunk, a multiple of `step`."""
+    least, most = _CHUNK_BYTES
+    chunk_bytes = min(max(row_bytes * num_outputs // _CHUNKS, least), most)
+    return max(1, round(chunk_bytes / row_bytes / step)) * step
 
 
 def group_length(format: LinearFormat, dim: int) -> int:
@@ -133,7 +138,7 @@ def pack_integers(
         four_bits=four_bits,
         has_zero_points=zero_point is not None,
         zero_point=8 if four_bits and zero_point is None else 0,
-        per_chunk=_per_chunk(stored.shape[1] // panel, panel),
+        per_chunk=_per_chunk(stored.shape[1] // panel, num_outputs, panel),
     )
 
 

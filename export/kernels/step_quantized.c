@@ -27,6 +27,7 @@
 enum { INT16_GROUPS, INT8_ROWS, INT8_STATIC };  /* kind of ROUND_ROWS */
 enum { FOUR_BITS = 1, WITH_ZERO_POINT = 2 };    /* kind of LINEAR_INT */
 
+typedef int16_t vs __attribute__((vector_size(LANES * 2)));
 typedef struct { float scale; int32_t sum; } rounded_t; /* of one group of a row of x */
 
 /* sum + a[0] * b[0] + a[1] * b[1] in each lane, of the int16 halves of a and b. */
@@ -69,6 +70,7 @@ INLINE void group_products(const int four_bits, const int count, const char *wor
     for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = (vi){0};
     for (int64_t k = 0; k < group; k += 2 * parts, words += 4 * PAIR) {
         const vi left = load_int(words), right = load_int(words + 4 * LANES);
+        fetch_ahead(words, 4 * PAIR);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
             const vi a = pair_of(four_bits, left, part), b = pair_of(four_bits, right, part);
@@ -138,32 +140,43 @@ static void linear_int(const instr_t *p, int64_t chunk) {
     }
 }
 
+/* The vector of x at i, with zeros where it ends. */
+INLINE vf load_up_to(const float *x, int64_t i, int64_t n) {
+    return n - i < LANES ? load_part(x + i, 1, n - i) : load(x + i);
+}
+
 /* n values of x over scale, rounded to the nearest even integer within +-limit, and zeros up to `padded`. x_scale of values that are
- * not numbers (or, where the scale is theirs, not finite) becomes NaN. */
+ * not numbers (or, where the scale is theirs, not finite) becomes NaN. Adding 1.5 * 2^23 rounds and leaves the integer in the bits. */
 static rounded_t round_values(const float *x, int64_t n, int64_t padded, float scale, float limit, int16_t *out) {
-    float poison = 0.0f;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < n; i++) {
-        float value = rintf(x[i] / scale);
-        value = value > limit ? limit : value < -limit ? -limit : value;
+    const vf most = splat(limit), magic = splat(12582912.0f);
+    vf poison = {0};
+    vi sum = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+        vf value = load_up_to(x, i, n) / scale;
+        value = pick(value > most, most, pick(value < -most, -most, value));
         poison += value * 0.0f;
-        value = value == value ? value : 0.0f;
-        out[i] = (int16_t)value;
-        sum += (int16_t)value;
+        const vi rounded = ((vi)(value + magic) - (vi)magic) & (value == value);
+        sum += rounded;
+        const vs narrow = __builtin_convertvector(rounded, vs);
+        memcpy(out + i, &narrow, sizeof(int16_t) * (size_t)min64(LANES, n - i));
     }
     memset(out + n, 0, sizeof(int16_t) * (size_t)(padded - n));
-    return (rounded_t){scale + poison, sum};
+    int32_t all = 0;
+    for (int l = 0; l < LANES; l++) all += sum[l];
+    return (rounded_t){scale + total(poison), all};
 }
 
 static float scale_for(const float *x, int64_t n, float limit) {
-    float most = 0.0f, poison = 0.0f;
-    for (int64_t i = 0; i < n; i++) {
-        const float size = fabsf(x[i]);
-        most = size > most ? size : most;
-        poison += x[i] * 0.0f;
+    vf most = {0}, poison = {0};
+    for (int64_t i = 0; i < n; i += LANES) {
+        const vf value = load_up_to(x, i, n), size = pick(value < 0.0f, -value, value);
+        most = pick(size > most, size, most);
+        poison += value * 0.0f;
     }
-    const float scale = most / limit;
-    return (scale < 1.17549435e-38f ? 1.17549435e-38f : scale) + poison;
+    float largest = 0.0f;
+    for (int l = 0; l < LANES; l++) largest = most[l] > largest ? most[l] : largest;
+    const float scale = largest / limit;
+    return (scale < 1.17549435e-38f ? 1.17549435e-38f : scale) + total(poison);
 }
 
 /* size: {groups, rows, K, length of a group}; x: [0] int16 [rows][groups * length] written, [1] rows, [2] scale of INT8_STATIC, [4]
