@@ -134,6 +134,38 @@ def agreement(target: str) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
+class FullBatch:
+    """Counts the tokens of steps in which all of `batch` requests decode.
+
+    Drafts are accepted by chance, so requests of equal length end one after another: the last steps of a run have few sequences.
+    """
+
+    def __init__(self, llm: Any, batch: int) -> None:
+        self._batch, self._scheduler = batch, llm._core.scheduler
+        self._update = self._scheduler.update
+        self._since: float | None = None
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+
+    def __enter__(self) -> FullBatch:
+        self._scheduler.update = self._counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._scheduler.update = self._update
+
+    def _counted(self, plan: Any, sampled: Any) -> Any:
+        updates = self._update(plan, sampled)
+        now = time.perf_counter()
+        verifies = all(row.num_tokens == 1 + row.num_draft_tokens for row in plan.others)
+        full = plan.num_sequences == self._batch and verifies
+        if full and self._since is not None:
+            self.seconds += now - self._since
+            self.tokens += len(sampled) if isinstance(sampled, np.ndarray) else sum(map(len, sampled))
+            self.steps += 1
+        self._since = now if full else None
+        return updates
+
+
 def compile_shape(layers: int | None, precision: str, target: str, sequences: int) -> Any:
     """An engine of the Llama-3.1-8B shape with random weights, of so many layers."""
     from camshaft.models.random_weights import RandomWeights
@@ -152,22 +184,26 @@ def compile_shape(layers: int | None, precision: str, target: str, sequences: in
 def measure(llm: Any, batch: int, length: int, repeats: int, warmups: int) -> dict[str, Any]:
     """Decoded tokens per second from the moment that all requests have their first token, and the host's time per step.
 
+    `tok_s` is that until the last request ends, `full_tok_s` that while none has ended.
+
     warmups: runs that do not count, in which graphs are captured and costs are learnt.
     """
     from camshaft import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
     rng = random.Random(batch)
-    speeds, accepted = [], 0.0
+    speeds, full_speeds, accepted = [], [], 0.0
     for repeat in range(warmups + repeats):
         prompts = [[rng.randrange(3, llm.engine.vocab_size) for _ in range(128)] for _ in range(batch)]
         before = llm.stats().times
-        outputs = llm.generate(prompts, params, progress=False)
+        with FullBatch(llm, batch) as full:
+            outputs = llm.generate(prompts, params, progress=False)
         times = llm.stats().times
         begin = max(o.metrics.first_token_s for o in outputs)
         end = max(o.metrics.finished_s for o in outputs)
         if repeat >= warmups:
             speeds.append(batch * (length - 1) / (end - begin))
+            full_speeds.append(full.tokens / full.seconds)
             counts = [o.metrics.speculative for o in outputs if o.metrics.speculative is not None]
             accepted = sum(c.num_tokens for c in counts) / max(
                 1, sum(c.num_tokens - c.num_verified_tokens + c.num_verifications for c in counts)
@@ -176,7 +212,8 @@ def measure(llm: Any, batch: int, length: int, repeats: int, warmups: int) -> di
     names = ("propose_s", "schedule_s", "launch_s", "wait_s", "deliver_s")
     parts = {name[:-2] + "_ms": 1e3 * (getattr(times, name) - getattr(before, name)) / steps for name in names}
     return {
-        "tok_s": float(np.median(speeds)), "all": speeds, "tokens_per_step_of_a_request": accepted, "steps": steps,
+        "tok_s": float(np.median(speeds)), "all": speeds, "full_tok_s": float(np.median(full_speeds)), "full_all": full_speeds,
+        "full_steps": full.steps, "tokens_per_step_of_a_request": accepted, "steps": steps,
         "step_ms": 1e3 * batch * (length - 1) / float(np.median(speeds)) / steps, "ahead": times.ahead - before.ahead, **parts,
     }  # fmt: skip
 
@@ -205,7 +242,7 @@ def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dic
     rows: list[dict[str, Any]] = []
     engine = compile_shape(args.layers, precision, args.target, max(args.batches))
     one_layer = None if args.skip_one_layer else compile_shape(1, precision, args.target, max(args.batches))
-    plain: dict[int, float] = {}
+    plain: dict[int, dict[str, Any]] = {}
     for name, config in variants(args, one_layer).items():
         if config is not None and args.variants is not None and name not in args.variants:
             continue
@@ -222,13 +259,16 @@ def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dic
                     row = {"precision": precision, "variant": name, "batch": batch}
                     row |= measure(llm, batch, args.length, args.repeats, args.warmups)
                     if config is None:
-                        plain[batch] = row["tok_s"]
-                    row["speed_up"] = row["tok_s"] / plain[batch] if batch in plain else None
+                        plain[batch] = row
+                    for speed in ("tok_s", "full_tok_s"):
+                        ratio = row[speed] / plain[batch][speed] if batch in plain else None
+                        row[speed.replace("tok_s", "speed_up")] = ratio
                     if config is not None:
                         costs = llm._core.speculation.lengths.costs.table()
                         row["costs_ms"] = {
                             f"{depth} deep, {t} tokens": 1e3 * s for (depth, t), s in sorted(costs.items())
                         }
+                        row["balance"] = llm._core.speculation.lengths.account.balance
                     rows.append(row)
                     print(f"{precision} {name} batch {batch}: {row['tok_s']:.1f} tokens/s", flush=True)
         except Exception as error:
@@ -243,7 +283,8 @@ def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dic
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text."""
     lines = [
-        f"{'':6}{'variant':22}{'batch':>6}{'tokens/s':>11}{'speed-up':>10}{'tokens/step':>13}{'step ms':>9}{'wait ms':>9}"
+        f"{'':6}{'variant':22}{'batch':>6}{'tokens/s':>11}{'speed-up':>10}{'full batch':>12}"
+        f"{'tokens/step':>13}{'step ms':>9}{'wait ms':>9}"
     ]
     for row in rows:
         if "error" in row:
@@ -251,7 +292,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         lines.append(
             f"{row['precision']:6}{row['variant']:22}{row['batch']:6}{row['tok_s']:11.1f}{row['speed_up'] or 0:10.2f}"
-            f"{row['tokens_per_step_of_a_request']:13.2f}{row['step_ms']:9.2f}{row['wait_ms']:9.2f}"
+            f"{row['full_speed_up'] or 0:12.2f}{row['tokens_per_step_of_a_request']:13.2f}"
+            f"{row['step_ms']:9.2f}{row['wait_ms']:9.2f}"
         )
     return "\n".join(lines)
 

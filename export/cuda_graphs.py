@@ -6,8 +6,9 @@ A graph launches a whole step in one call, so a step costs the device's time ins
                                                    them when they have been needed often; until then the next larger one serves
     mixed    T rows of S sequences, R rows sampled captured when the same shape comes a second time; the first launch, piece by
                                                    piece, has compiled its kernels and opened its engines; at most MIXED_GRAPHS
-    verify   as mixed, few rows, all of them sampled   likewise; at most VERIFY_GRAPHS. Token trees have graphs of their own, with
-                                                   a mask for each row
+    verify   as mixed, few rows, all of them sampled   likewise, but where a larger one is captured it serves until the shape has
+                                                   been needed often; at most VERIFY_GRAPHS. Token trees have graphs of their
+                                                   own, with a mask for each row
 
 A step runs in the smallest shape that holds it. What it lacks has no rows and writes nothing:
 
@@ -54,7 +55,8 @@ states [1, T, H] in the order of the build's `hidden_layers`."""
 
 
 _USES_BEFORE_CAPTURE = 8
-"""Decode steps of a size between two captured ones that run in the larger, before that size gets a graph of its own."""
+"""Decode steps of a size between two captured ones that run in the larger, before that size gets a graph of its own; likewise
+verifications. A capture takes as long as some hundred steps, and shapes come and go: as requests end, or draft lengths change."""
 
 
 class CaptureLimits(NamedTuple):
@@ -177,19 +179,31 @@ class StepGraphs:
         shape = self.shape_of(batch)
         if shape is None or shape in self._graphs:
             return shape
+        larger = self._larger(shape)
         if not shape.decode and self._is_full(shape):
-            return None
+            return larger
         self._uses[shape] += 1
-        larger = (
-            [other for other in self._graphs if other.decode and other.tokens > shape.tokens] if shape.decode else []
-        )
-        if (
-            shape not in self.failures
-            and self._uses[shape] > (_USES_BEFORE_CAPTURE if larger else 1)
-            and self._capture(shape)
-        ):
+        is_due = self._uses[shape] > (1 if larger is None else _USES_BEFORE_CAPTURE)
+        if is_due and shape not in self.failures and self._capture(shape):
             return shape
-        return min(larger, default=None)
+        return larger
+
+    def _larger(self, shape: StepShape) -> StepShape | None:
+        """The smallest captured shape that holds a decode step or a verification; None for other steps."""
+        if not (shape.decode or shape.query_len):
+            return None
+        return min(
+            (
+                other
+                for other in self._graphs
+                if (other.decode, other.trees) == (shape.decode, shape.trees)
+                and bool(other.query_len) == bool(shape.query_len)
+                and other.tokens >= shape.tokens
+                and other.sequences >= shape.sequences
+                and other.query_len >= shape.query_len
+            ),
+            default=None,
+        )
 
     def _is_full(self, shape: StepShape) -> bool:
         """Whether no further step of the kind is captured; says so once."""

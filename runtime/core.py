@@ -149,7 +149,7 @@ class ServingCore:
         received: _Received | None = None
         drafts: StepDrafts | None = None
         if self.speculation is not None:
-            self.speculation.begin_step(follows=before is not None)
+            self.speculation.begin_step(None if before is None else before.plan)
             if self.speculation.wants_drafts():
                 if before is not None:
                     received, before = self._receive(before), None
@@ -229,7 +229,7 @@ class ServingCore:
             ):  # its place may be another's in the next step, which is launched before this is delivered
                 self.runner.end_steps(update.request.request_id)
         if self.speculation is not None:
-            self.speculation.end_step(plan)
+            self.speculation.end_step(plan, result.tokens)
             self.speculation.observe(result, plan, updates)
         self.times.deliver_s += time.perf_counter() - start
         return _Received(plan, result, updates, now)

@@ -7,7 +7,10 @@ best n drafts of a step are the first n, so for every depth and every n
 
 and the best wins (cf. Liu et al. 2024, "goodput"). Where no draft pays there are none, and nobody asks for a while. What is not
 done is not measured either, and load changes, so it is tried again: drafts after a number of rests that doubles each time in vain
-(one each, unless drafts would not pay even if all were accepted), a step without drafts now and then.
+(one each, unless drafts would not pay even if all were accepted), a step without drafts now and then. What all that may cost is
+bounded by an account (account.py).
+
+    rests -> promising -> choose -> (the step) -> observe          each once per step, in this order, as far as it comes
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from .account import DraftAccount
 from .cost import StepCosts, token_bucket
 
 DECAY = 0.95
@@ -66,12 +70,15 @@ class AdaptiveLengths:
         self.num_draft_tokens = num_draft_tokens
         self.adaptive = adaptive
         self.costs = StepCosts()
+        self.account = DraftAccount()
         self._all = Acceptance()
         self._requests: dict[str, Acceptance] = {}
         self._num_rests = 0
         self._resting = 0
         self._probe_after = PROBE_AFTER
         self._num_drafted = 0
+        self._gives = False
+        """Whether the last step that asked got drafts."""
 
     @property
     def acceptance(self) -> float:
@@ -98,6 +105,46 @@ class AdaptiveLengths:
             self._all.count(num_drafts, num_accepted)
             self._requests.setdefault(request_id, Acceptance()).count(num_drafts, num_accepted)
 
+    def observe(self, num_requests: int, num_new: int, num_tokens: int, depth: int, seconds: float) -> None:
+        """Takes in a step of decodes and verifications.
+
+        Args:
+            num_requests: of the step. num_new: their new output tokens.
+            num_tokens: rows of tokens that the step computed. depth: the most drafts of any request; -1: drafts were sought for in
+                vain, 0: they were not sought for.
+            seconds: what the step took.
+        """
+        if depth == 0:
+            self.account.rest()
+        elif (base_s := self.costs.estimate(num_requests, 0)) is not None:
+            self.account.draft(num_new / num_requests, seconds, base_s)
+        if depth >= 0:
+            self.costs.observe(num_tokens, depth, seconds)
+
+    def rests(self) -> bool:
+        """Whether drafts were found not to pay a few steps ago; called once per step."""
+        self._resting = max(0, self._resting - 1)
+        return self._resting > 0
+
+    def promising(self, request_ids: Sequence[str], limits: Sequence[int], num_others: int, budget: int) -> bool:
+        """Whether `choose` might give drafts, as far as is known while a step is in flight: without waiting for it.
+
+        If not, nobody asks for a while. Arguments as those of `choose`.
+        """
+        if not self.adaptive or self._gives:
+            return True
+        base_s = self.costs.estimate(len(limits) + num_others, 0)
+        if base_s is None:
+            return False
+        if self.account.allows:
+            limits = [min(limit, self.num_draft_tokens) for limit in limits]
+            if self._num_rests + 1 >= self._probe_after or any(
+                self._best(request_ids, limits, num_others, budget, base_s)
+            ):
+                return True
+        self._rest()
+        return False
+
     def choose(self, request_ids: Sequence[str], limits: Sequence[int], num_others: int, budget: int) -> list[int]:
         """Drafts for each request, at most its limit, and at most `budget` in all.
 
@@ -106,35 +153,44 @@ class AdaptiveLengths:
         limits = [min(limit, self.num_draft_tokens) for limit in limits]
         if not self.adaptive:
             return _shared_out(limits, budget)
+        lengths = self._choose(request_ids, limits, num_others, budget)
+        self._gives = any(lengths)
+        return lengths
+
+    def _choose(self, request_ids: Sequence[str], limits: Sequence[int], num_others: int, budget: int) -> list[int]:
+        nobody = [0] * len(limits)
         base_s = self.costs.estimate(len(limits) + num_others, 0)
         if base_s is None:  # steps without drafts have to be measured first
-            return [0] * len(limits)
+            return nobody
+        if not self.account.allows:
+            self._rest()
+            return nobody
         lengths = self._best(request_ids, limits, num_others, budget, base_s)
         if any(lengths):
             self._num_rests = 0
             self._num_drafted += 1
             if self._num_drafted % PLAIN_EVERY == 0:
-                return [0] * len(limits)
+                return nobody
             if self._num_drafted > PLAIN_EVERY:
                 self._probe_after = PROBE_AFTER  # it has paid for long
             return lengths
+        self._rest()
+        if self._num_rests < self._probe_after:
+            return nobody
+        self._num_rests = 0
+        self._probe_after = min(2 * self._probe_after, PROBE_AFTER_MOST)
+        tried = _shared_out([min(limit, 1) for limit in limits], budget)
+        self.costs.measure_again(len(limits) + num_others + sum(tried), 1)
+        if not self._could_pay(limits, num_others, base_s):
+            return nobody
+        self._resting = 0
+        return tried
+
+    def _rest(self) -> None:
+        """Nobody is drafted for, and nobody asks for some steps."""
         self._num_drafted = 0
         self._num_rests += 1
         self._resting = REST
-        if self._num_rests >= self._probe_after:
-            self._num_rests = 0
-            self._probe_after = min(2 * self._probe_after, PROBE_AFTER_MOST)
-            tried = _shared_out([min(limit, 1) for limit in limits], budget)
-            self.costs.measure_again(len(limits) + num_others + sum(tried), 1)
-            if self._could_pay(limits, num_others, base_s):
-                self._resting = 0
-                return tried
-        return lengths
-
-    def rests(self) -> bool:
-        """Whether drafts were found not to pay a few steps ago; called once per step."""
-        self._resting = max(0, self._resting - 1)
-        return self._resting > 0
 
     def _best(
         self, request_ids: Sequence[str], limits: Sequence[int], num_others: int, budget: int, base_s: float

@@ -28,10 +28,11 @@ _HOPE = 0.95
 
 
 def token_bucket(num_tokens: int) -> int:
-    """The kind of a step of so many tokens: exact up to 16, then four kinds per power of two."""
+    """The kind of a step of so many tokens: exact up to 16, then two kinds per power of two, as graphs of verifications are
+    captured (24, 32, 48, 64, 96, 128 ...)."""
     if num_tokens <= 16:
         return num_tokens
-    step = 1 << max(0, num_tokens.bit_length() - 3)
+    step = 1 << ((num_tokens - 1).bit_length() - 2)
     return -(-num_tokens // step) * step
 
 

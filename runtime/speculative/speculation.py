@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..logits import SamplingState
@@ -57,6 +59,8 @@ class Speculation:
         self._metrics: dict[str, SpeculativeMetrics] = {}
         self._vocab_size = runner.engine.vocab_size
         self._since: float | None = None
+        self._follows = self._verifies = self._asked = False
+        """Whether a step is in flight, whether it verifies drafts, and whether drafts were sought for the one that comes next."""
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -78,12 +82,20 @@ class Speculation:
     # --- drafts -------------------------------------------------------------------------------------------------
 
     def wants_drafts(self) -> bool:
-        """Whether the next step may have drafts, so that it cannot be planned ahead; asked once per step."""
-        return bool(self._metrics) and not self.lengths.rests()
+        """Whether the next step may have drafts, so that it cannot be planned ahead; asked once per step.
+
+        While a step is in flight the answer is no where no drafts promise to pay: waiting for it would cost more than asking does.
+        """
+        if self._verifies:  # its result decides where the next step begins
+            return True
+        if not self._metrics or self.lengths.rests():
+            return False
+        return not self._follows or self.lengths.promising(*self._group(self._candidates(in_flight=True)))
 
     def propose(self) -> StepDrafts | None:
         """Drafts for the next step, left in the requests; None where nobody gets any. Whatever the proposer raises passes."""
         targets = self._targets()
+        self._asked = bool(targets)
         if not targets:
             return None
         drafts = self.proposer.propose(targets)
@@ -101,28 +113,41 @@ class Speculation:
 
     def _targets(self) -> list[Target]:
         """The requests that get drafts, with room for them."""
-        scheduler, ready = self._scheduler, []
-        decoding = 0
-        for request in scheduler.running:
-            if request.prefilling:
-                continue
-            decoding += 1
-            if request.request_id in self._metrics and request.num_computed_tokens + 1 == request.num_tokens:
-                ready.append(request)
+        ready, num_others = self._candidates()
         if not ready:
             return []
-        limits = [request.max_total_tokens - request.num_tokens - 1 for request in ready]
-        budget = scheduler.config.max_batch_tokens - decoding
+        names, limits, num_others, budget = self._group((ready, num_others))
         if self.config.tree is None:
-            chosen = self.lengths.choose([r.request_id for r in ready], limits, decoding - len(ready), budget)
+            chosen = self.lengths.choose(names, limits, num_others, budget)
         else:
             chosen = self._trees(self.config.tree, limits, budget)
         targets = []
         for request, wanted in zip(ready, chosen):
-            room = scheduler.reserve_drafts(request, wanted) if wanted else 0
+            room = self._scheduler.reserve_drafts(request, wanted) if wanted else 0
             if room:
                 targets.append(Target(request, self._runner.state(request.request_id), room))
         return targets
+
+    def _candidates(self, *, in_flight: bool = False) -> tuple[list[Request], int]:
+        """The requests that may get drafts, and how many others decode. in_flight: those of the step after the one in flight."""
+        ready, num_others = [], 0
+        for request in self._scheduler.running:
+            if request.prefilling:
+                continue
+            if request.request_id in self._metrics and (
+                in_flight or request.num_computed_tokens + 1 == request.num_tokens
+            ):
+                ready.append(request)
+            else:
+                num_others += 1
+        return ready, num_others
+
+    def _group(self, candidates: tuple[Sequence[Request], int]) -> tuple[list[str], list[int], int, int]:
+        """What lengths are chosen by: the requests' ids, the most drafts of each, how many others decode, most drafts in all."""
+        ready, num_others = candidates
+        limits = [request.max_total_tokens - request.num_tokens - 1 for request in ready]
+        budget = self._scheduler.config.max_batch_tokens - len(ready) - num_others
+        return [request.request_id for request in ready], limits, num_others, budget
 
     @staticmethod
     def _trees(tree: Sequence[Sequence[int]], limits: Sequence[int], budget: int) -> list[int]:
@@ -226,20 +251,24 @@ class Speculation:
             item = verified.setdefault(index, Verified(request, 0, 0, start))
             item.states, item.rows = hidden.states, rows
 
-    def begin_step(self, *, follows: bool) -> None:
-        """A step begins; `follows`: one is in flight, so the device is busy."""
-        if not follows:
+    def begin_step(self, in_flight: StepPlan | None) -> None:
+        """A step begins; in_flight: what the device is busy with."""
+        self._follows = in_flight is not None
+        self._verifies = in_flight is not None and in_flight.has_drafts
+        if in_flight is None:
             self._since = self._clock()
 
-    def end_step(self, plan: StepPlan) -> None:
-        """A step's result has come: its time is that since the result before it, or since it began."""
-        now = self._clock()
+    def end_step(self, plan: StepPlan, tokens: npt.NDArray[np.int64] | Sequence[Sequence[int]]) -> None:
+        """A step's tokens have come (`StepResult.tokens`): its time is that since the result before it, or since it began."""
+        now, since = self._clock(), self._since
+        self._since = now
+        asked, self._asked = self._asked, False
         depth = 0
         for row in plan.others:
             if row.num_tokens != 1 + row.num_draft_tokens:
-                depth = -1  # a prompt among them
-                break
+                return  # a prompt among them
             depth = max(depth, row.num_draft_tokens)
-        if depth >= 0 and self._since is not None:
-            self.lengths.costs.observe(plan.num_tokens, depth, now - self._since)
-        self._since = now
+        if since is not None:
+            num_new = len(tokens) if isinstance(tokens, np.ndarray) else sum(map(len, tokens))
+            depth = depth or (-1 if asked else 0)
+            self.lengths.observe(plan.num_sequences, num_new, plan.num_tokens, depth, now - since)

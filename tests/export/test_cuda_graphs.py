@@ -147,6 +147,26 @@ def test_sizes_between_captured_ones_run_in_the_larger_until_they_are_needed_oft
         assert sizes == [4] * 8 + [3] * (len(sizes) - 8) and len(sizes) > 12
 
 
+def test_verifications_run_in_larger_ones_until_they_are_needed_often(engine: Engine) -> None:
+    with LLM(engine):
+        graphs = OnCpu.of(engine)
+        large, small = StepShape(16, 4, 16, False, 8), StepShape(8, 2, 8, False, 8)
+        graphs._capture(large)
+        assert graphs._larger(small) == large and graphs._larger(small._replace(query_len=33)) is None
+        assert graphs._larger(small._replace(trees=True)) is None and graphs._larger(StepShape(8, 2, 2, False)) is None
+    drafting = SpeculativeConfig(method="ngram", adaptive=False, ngram_min=1)
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    with LLM(engine) as llm:
+        expected = llm.generate([7] * 20, params)[0].token_ids
+    with LLM(engine, speculative=drafting, enable_prefix_cache=False) as llm:
+        graphs = OnCpu.of(engine)
+        graphs._capture(large)
+        assert llm.generate([7] * 20, params)[0].token_ids == expected
+        shapes = [shape for shape in graphs.replayed if shape.query_len]
+        own = next(index for index, shape in enumerate(shapes) if shape != large)
+        assert own >= 8 and shapes[own].sequences == 1
+
+
 def test_prompt_logprobs_are_never_captured(engine: Engine) -> None:
     with LLM(engine) as llm:
         graphs = OnCpu.of(engine)
