@@ -21,7 +21,6 @@ class AttentionState:
     tiles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
     fresh_lens: Tensor | None = None
     _counters: Tensor | None = None
-    _side: torch.cuda.Stream | None = None
 
     def begin_step(self) -> None:
         """Forgets what belongs to one step's metadata."""
@@ -33,9 +32,3 @@ class AttentionState:
         if self._counters is None or self._counters.shape[0] < count or self._counters.device != device:
             self._counters = torch.zeros(max(count, _NUM_COUNTERS), dtype=torch.int32, device=device)
         return self._counters
-
-    def side_stream(self, device: torch.device) -> torch.cuda.Stream:
-        """A stream for work beside the executor's. Its blocks go first, since what they leave of a processor others can use."""
-        if self._side is None or self._side.device != device:
-            self._side = torch.cuda.Stream(device, priority=-1)
-        return self._side

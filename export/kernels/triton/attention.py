@@ -9,18 +9,12 @@ nothing is read back and no allocation depends on data: a step can be captured i
                           FlashAttention, prefill    where that package is: those without cached tokens, whose keys are rows of
                                                      the step; and the rest
     batch_invariant       write, tiles, prefill      every row alike: the same key blocks in the same order
-
-Decode reads memory and prefill computes, so in long steps prefill runs beside decode, on a stream of its own:
-
-    current stream    write --+-- decode -----------------+-- join
-    side stream               +-- tiles, prefill -- ... --+
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -41,8 +35,6 @@ from .write import ALL, CONTINUING, tiles_kernel, write_kernel
 
 _MAX_HEAD_DIM = 512
 _WRITE_BLOCK = 2048
-_FEWEST_BESIDE = 256
-"""Rows of a step from which its prompts run beside its decode rows; in shorter ones two joins may cost more than they gain."""
 _INVARIANT_BLOCK_M = 64
 """Query vectors a tile in batch-invariant mode, where decode steps use the same tiles as prompts."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -219,10 +211,9 @@ def paged_attention(
             return out
         by_flash = not (batch_invariant or tree_mask is not None) and _takes_flash(call, fresh, max_query_len)
         call = _write(call, keep_keys=by_flash)
-        if not max_query_len or not call.num_seqs:
-            return out
-        beside = not batch_invariant and q.is_cuda and q.shape[0] >= _FEWEST_BESIDE
-        with _forked(state.side_stream(q.device)) if beside else contextlib.nullcontext():
+        if max_query_len and call.num_seqs:
+            if not batch_invariant:
+                _decode(call, decode, max_seq_len, state, write=False)
             if by_flash:
                 flash.attend_fresh(
                     call.q, call.k, v, out, query_start, seq_lens, scale=scale, window=window, max_query_len=max_query_len,
@@ -230,19 +221,7 @@ def paged_attention(
                 )  # fmt: skip
             kind = CONTINUING if by_flash else ALL
             _prefill(call, prefill, None if batch_invariant else max_query_len, state, kind)
-        if not batch_invariant:
-            _decode(call, decode, max_seq_len, state, write=False)
-        if beside:
-            torch.cuda.current_stream(q.device).wait_stream(state.side_stream(q.device))
     return out
-
-
-@contextlib.contextmanager
-def _forked(side: torch.cuda.Stream) -> Iterator[None]:
-    """Inside, work goes to the stream `side`, after all that the current one holds so far. The caller joins them."""
-    side.wait_stream(torch.cuda.current_stream(side.device))
-    with torch.cuda.stream(side):
-        yield
 
 
 def _takes_flash(call: _Call, fresh: Fresh, max_query_len: int) -> bool:
