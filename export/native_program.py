@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ..graph.serialize import decode_value, find_target
+from .kernels.cpu import CACHE_DTYPES
 from .segment import AttentionStep, Plan, SegmentStep
 
 if TYPE_CHECKING:
     from .native_weights import WeightStore
 
 _INSTRUCTION = struct.Struct("@3q4q2q2d" + "P4q" * 5)  # instr_t in step_ops.c
-_ATTENTION = struct.Struct("@13P24q2d")  # args_t in cpu.c
+_ATTENTION = struct.Struct("@13P25q2d")  # args_t in cpu.c
 _ALIGN = 64
 _META = torch.device("meta")
 OPS = ("COPY", "UNARY", "BINARY", "BINARY_INT", "GATHER", "RMS_NORM", "LAYER_NORM", "MEAN", "ROPE", "GLU", "MATMUL",
@@ -158,7 +159,7 @@ class Program:
             *extra, 0, self.address(out, arena),
             *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], *k_cache.stride()[:3], *v_cache.stride()[:3], 0,
             q.shape[1], 0, q.shape[2], num_kv_heads, q.shape[3], value_dim,
-            num_blocks, block_size, 0, call["window"], 1, call["scale"], call["softcap"],
+            num_blocks, block_size, 0, call["window"], 1, CACHE_DTYPES.index(k_cache.dtype), call["scale"], call["softcap"],
         )  # fmt: skip
 
 
@@ -233,7 +234,7 @@ def _attention(
     k_cache, v_cache = caches[step.layer]
     if step.cos is not None:
         raise Unsupported("rope inside attention")
-    if k_cache.dtype != torch.float32 or v_cache.dtype != torch.float32:
+    if k_cache.dtype not in CACHE_DTYPES or v_cache.dtype != k_cache.dtype:
         raise Unsupported(f"a KV cache in {k_cache.dtype}")
     q, k, v = (translator.unit_rows(slots[name]) for name in (step.q, step.k, step.v))
     sinks, slopes = (weights[name].float().contiguous() if name else None for name in (step.sinks, step.alibi_slopes))

@@ -68,8 +68,6 @@ def refusal(plan: Plan, build: BuildConfig) -> str | None:
         return f"it runs on {build.device}"
     if build.target not in _TARGETS:
         return f"the {build.target} target runs all steps itself"
-    if build.kv_cache_dtype != "auto":
-        return f"its KV cache is in {build.kv_cache_dtype}; native steps keep float32"
     missing = {
         name for segment in plan.segments.values() for name in segment.operators if not supported(name)
     }  # fmt: skip

@@ -1,4 +1,4 @@
-/* Paged attention for the CPU, float32: writes the new keys and values, then attends over the cache.
+/* Paged attention for the CPU, computed in float32: writes the new keys and values, then attends over the cache.
  *
  * One piece of work is (sequence, kv head, tile of query rows). The tile's rows times the G query heads of the kv head
  * are M query vectors that share every key and value row, so the cache is read once for all of them:
@@ -10,42 +10,26 @@
  * The softmax is kept online (Milakov and Gimelshein 2018, algorithm 3; Dao et al. 2022, section 3.1): a running
  * maximum and sum per query vector, the output rescaled where the maximum grows.
  *
- * Vectors are GCC/Clang vector extensions, so it compiles on any architecture. No -ffast-math: an infinite or NaN
- * score gives what torch's softmax gives. See cpu.py for how it is compiled and called.
+ * An infinite or NaN score gives what torch's softmax gives. A cache of bytes (kv_cache.c) becomes float32 a tile of keys at a
+ * time, once for the M query vectors. See cpu.py for how it is compiled and called.
  */
+#include "kv_cache.c"
+
 #include <pthread.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#ifdef __AVX512F__
-#define LANES 16
-#else
-#define LANES 8
-#endif
 #define TILE_KEYS 64    /* keys per step of the online softmax; a multiple of 2 * LANES */
 #define TILE_QUERIES 64 /* query vectors per piece of work (more only where G alone is more) */
 #define PACK_FROM 12    /* from this many query vectors on, transposing the keys pays */
 #define SERIAL_WORK 400000 /* multiply-adds below which waking threads costs more than it brings */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vf __attribute__((vector_size(LANES * 4)));
-typedef int32_t vi __attribute__((vector_size(LANES * 4)));
-typedef float v4 __attribute__((vector_size(16)));
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-typedef int32_t vi4 __attribute__((vector_size(16)));
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (vi4){i, j, k, l})
-#endif
 
 /* Eight bytes a field, so that Python packs it without padding; cpu.py's _LAYOUT is the same list. */
 typedef struct {
     const float *q, *k, *v;
-    float *k_cache, *v_cache;
+    char *k_cache, *v_cache;
     const int64_t *slot_mapping;
     const int32_t *block_tables, *query_start, *seq_lens;
     const float *sinks, *alibi_slopes; /* NULL: none */
@@ -55,65 +39,12 @@ typedef struct {
     int64_t kc_block, kc_offset, kc_head, vc_block, vc_offset, vc_head, table_row;
     int64_t num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, value_dim;
     int64_t num_blocks, block_size, table_width, window, num_threads;
+    int64_t cache_dtype; /* of kv_cache.c */
     double scale, softcap;
 } args_t;
 
 enum { BAD_SLOT = 1, BAD_QUERY_START = 2, BAD_SEQ_LEN = 3, BAD_BLOCK = 4, NO_MEMORY = 5 };
 #define FAIL(code, index) ((int64_t)(index) * 8 + (code))
-
-INLINE vf load(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
-INLINE void store(float *p, vf x) { memcpy(p, &x, sizeof x); }
-INLINE v4 load4(const float *p) { v4 x; memcpy(&x, p, sizeof x); return x; }
-INLINE void store4(float *p, v4 x) { memcpy(p, &x, sizeof x); }
-INLINE vf splat(float x) { return x - (vf){0}; }
-INLINE vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
-INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-
-/* e^x, relative error below 3e-7 for -87 <= x <= 88, 0 below, NaN for NaN. 2^n times a degree-5 minimax polynomial on
- * |r| <= ln(2)/2, where x = n ln(2) + r; adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the bits. */
-INLINE vf exp_v(vf x) {
-    const vf magic = splat(12582912.0f);
-    vf t = x * 1.44269504f + magic, n = t - magic;
-    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vf y = r * 0.00829761940985918f + 0.04191562905907631f;
-    y = y * r + 0.16667576134204865f;
-    y = y * r + 0.4999889135360718f;
-    y = y * r + 0.9999997019767761f;
-    y = y * r + 1.0000001192092896f;
-    vf power = (vf)(((vi)t - (0x4B400000 - 127)) << 23);
-    return (vf)((vi)(y * power) & ~(vi)(x < -87.0f));
-}
-
-/* tanh x: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel, else that. */
-INLINE vf tanh_v(vf x) {
-    const vi sign = (vi)splat(-0.0f);
-    vf a = (vf)((vi)x & ~sign), z = x * x;
-    vf small = z * -5.70498872745e-3f + 2.06390887954e-2f;
-    small = small * z + -5.37397155531e-2f;
-    small = small * z + 1.33314422036e-1f;
-    small = small * z + -3.33332819422e-1f;
-    small = small * z * x + x;
-    vf large = 1.0f - 2.0f / (exp_v(pick(a > 20.0f, splat(20.0f), a) * 2.0f) + 1.0f);
-    return pick(a < 0.625f, small, (vf)((vi)large | ((vi)x & sign)));
-}
-
-INLINE v4 fold(vf x) { /* sums the vector's quarters of four lanes */
-    v4 parts[LANES / 4];
-    memcpy(parts, &x, sizeof x);
-#if LANES == 16
-    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-#else
-    return parts[0] + parts[1];
-#endif
-}
-
-INLINE v4 sums_of(vf a, vf b, vf c, vf d) { /* {sum of a, sum of b, sum of c, sum of d} */
-    v4 p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-    v4 x = SHUFFLE(p, q, 0, 4, 2, 6) + SHUFFLE(p, q, 1, 5, 3, 7);
-    v4 y = SHUFFLE(r, s, 0, 4, 2, 6) + SHUFFLE(r, s, 1, 5, 3, 7);
-    return SHUFFLE(x, y, 0, 1, 4, 5) + SHUFFLE(x, y, 2, 3, 6, 7);
-}
 
 /* scores[i][0..3] = query i . key 0..3 for `count` queries: few queries, so vectors run along the head dimension. */
 INLINE void dot_tile(const int count, const float *q, const float *const *rows, float *scores, int64_t dim) {
@@ -239,6 +170,7 @@ static void add_values(const float *p, const float **rows, float *out, int64_t m
 typedef struct { /* one thread's memory; kept between calls, freed when the thread ends */
     size_t size;
     float *q, *out, *scores, *packed, *maximum, *sum;
+    float *keys, *values; /* rows of a tile of a cache of bytes */
     const float *key_rows[TILE_KEYS], *value_rows[TILE_KEYS];
     float *memory;
 } scratch_t;
@@ -251,7 +183,9 @@ static void scratch_free(void *pointer) {
 }
 static void scratch_make_key(void) { pthread_key_create(&scratch_key, scratch_free); }
 
-static scratch_t *scratch_get(int64_t m, int64_t head_dim, int64_t value_dim) {
+/* For m query vectors. */
+static scratch_t *scratch_get(const args_t *a, int64_t m) {
+    const int64_t head_dim = a->head_dim, value_dim = a->value_dim, row = a->cache_dtype == FLOAT32 ? 0 : TILE_KEYS;
     pthread_once(&scratch_once, scratch_make_key);
     scratch_t *s = pthread_getspecific(scratch_key);
     if (!s) {
@@ -259,7 +193,7 @@ static scratch_t *scratch_get(int64_t m, int64_t head_dim, int64_t value_dim) {
         pthread_setspecific(scratch_key, s);
     }
     m = (m + 15) / 16 * 16; /* keeps every part aligned to 64 bytes */
-    size_t size = sizeof(float) * (size_t)(m * (head_dim + value_dim + TILE_KEYS + 2) + head_dim * TILE_KEYS);
+    size_t size = sizeof(float) * (size_t)(m * (head_dim + value_dim + TILE_KEYS + 2) + head_dim * (TILE_KEYS + row) + value_dim * row);
     if (s->size < size) {
         free(s->memory);
         s->size = 0;
@@ -271,7 +205,9 @@ static scratch_t *scratch_get(int64_t m, int64_t head_dim, int64_t value_dim) {
     }
     s->scores = s->memory;
     s->packed = s->scores + m * TILE_KEYS;
-    s->maximum = s->packed + head_dim * TILE_KEYS;
+    s->keys = s->packed + head_dim * TILE_KEYS;
+    s->values = s->keys + head_dim * row;
+    s->maximum = s->values + value_dim * row;
     s->sum = s->maximum + m;
     s->q = s->sum + m;
     s->out = s->q + m * head_dim;
@@ -340,13 +276,15 @@ static float softmax_row(float *scores, int64_t padded, float *maximum, float *s
     return factor;
 }
 
-/* Where the keys and values of tokens j0 .. j0+n-1 lie. */
-INLINE void locate_rows(const args_t *a, const int32_t *table, int64_t kv, int64_t j0, int64_t n, const float **keys,
-                        const float **values) {
+/* Sets t's rows to the keys and values of tokens j0 .. j0+n-1: where they lie, or float32 copies of a cache of bytes. */
+static void locate_rows(const args_t *a, scratch_t *t, const int32_t *table, int64_t kv, int64_t j0, int64_t n) {
+    const int64_t bytes = value_bytes(a->cache_dtype);
     int64_t block = j0 / a->block_size, offset = j0 % a->block_size;
     for (int64_t j = 0; j < n; j++) {
-        keys[j] = a->k_cache + table[block] * a->kc_block + offset * a->kc_offset + kv * a->kc_head;
-        values[j] = a->v_cache + table[block] * a->vc_block + offset * a->vc_offset + kv * a->vc_head;
+        const char *key = a->k_cache + bytes * (table[block] * a->kc_block + offset * a->kc_offset + kv * a->kc_head);
+        const char *value = a->v_cache + bytes * (table[block] * a->vc_block + offset * a->vc_offset + kv * a->vc_head);
+        t->key_rows[j] = read_values(a->cache_dtype, key, t->keys + j * a->head_dim, a->head_dim);
+        t->value_rows[j] = read_values(a->cache_dtype, value, t->values + j * a->value_dim, a->value_dim);
         if (++offset == a->block_size) offset = 0, block++;
     }
 }
@@ -376,7 +314,7 @@ static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64
     const int64_t seen_from = a->tree_mask ? before : position; /* the first row's position, at least */
     for (int64_t j0 = a->window ? max64(0, seen_from - a->window + 1) : 0; j0 < end; j0 += TILE_KEYS) {
         const int64_t n = min64(TILE_KEYS, end - j0), padded = (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-        locate_rows(a, table, kv, j0, n, t->key_rows, t->value_rows);
+        locate_rows(a, t, table, kv, j0, n);
         for (int64_t j = n; j < padded; j++) t->key_rows[j] = t->key_rows[n - 1]; /* computed, then masked */
         if (m >= PACK_FROM) {
             transpose_keys(t->key_rows, t->packed, padded, dim);
@@ -412,12 +350,12 @@ static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64
 static void write_row(const args_t *a, int64_t t) {
     const int64_t slot = a->slot_mapping[t];
     if (slot < 0) return;
-    const int64_t block = slot / a->block_size, offset = slot % a->block_size;
+    const int64_t block = slot / a->block_size, offset = slot % a->block_size, bytes = value_bytes(a->cache_dtype);
     for (int64_t h = 0; h < a->num_kv_heads; h++) {
-        memcpy(a->k_cache + block * a->kc_block + offset * a->kc_offset + h * a->kc_head,
-               a->k + t * a->k_token + h * a->k_head, sizeof(float) * (size_t)a->head_dim);
-        memcpy(a->v_cache + block * a->vc_block + offset * a->vc_offset + h * a->vc_head,
-               a->v + t * a->v_token + h * a->v_head, sizeof(float) * (size_t)a->value_dim);
+        char *key = a->k_cache + bytes * (block * a->kc_block + offset * a->kc_offset + h * a->kc_head);
+        char *value = a->v_cache + bytes * (block * a->vc_block + offset * a->vc_offset + h * a->vc_head);
+        write_values(a->cache_dtype, a->k + t * a->k_token + h * a->k_head, key, a->head_dim);
+        write_values(a->cache_dtype, a->v + t * a->v_token + h * a->v_head, value, a->value_dim);
     }
 }
 
@@ -465,7 +403,7 @@ int64_t camshaft_paged_attention(const args_t *a) {
         {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < a->num_tokens; t++) write_row(a, t);
-            scratch_t *scratch = scratch_get(rows_per_tile * group, a->head_dim, a->value_dim);
+            scratch_t *scratch = scratch_get(a, rows_per_tile * group);
             if (!scratch) {
 #pragma omp atomic write
                 out_of_memory = 1;

@@ -1,4 +1,4 @@
-"""Paged attention on the CPU in float32: the Python side of cpu.c.
+"""Paged attention on the CPU in float32, over a cache of float32, int8 or float8_e4m3fn: the Python side of cpu.c.
 
 The library is compiled on first use (see `native`) and called through ctypes, which releases the GIL. All arguments go
 in one packed struct of 8-byte fields: a few microseconds a call.
@@ -21,7 +21,9 @@ from .checks import check_arguments
 from .native import NativeBuildError, NativeLibrary, build_library, loaded_openmp_runtimes
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_LAYOUT = struct.Struct("@13P24q2d")  # args_t in cpu.c
+_LAYOUT = struct.Struct("@13P25q2d")  # args_t in cpu.c
+CACHE_DTYPES = (torch.float32, torch.int8, torch.float8_e4m3fn)
+"""What keys and values may be stored in, in the order of kv_cache.c."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ def describe() -> dict[str, Any]:
 
 
 def supports(q: Tensor, k_cache: Tensor) -> bool:
-    """Whether the C kernel takes these tensors: float32 queries and a float32 cache on the CPU."""
-    return q.device.type == "cpu" and q.dtype == torch.float32 and k_cache.dtype == torch.float32
+    """Whether the C kernel takes these tensors: float32 queries and a cache of one of `CACHE_DTYPES` on the CPU."""
+    return q.device.type == "cpu" and q.dtype == torch.float32 and k_cache.dtype in CACHE_DTYPES
 
 
 def paged_attention(
@@ -109,7 +111,8 @@ def paged_attention(
     tree_mask: Tensor | None = None,
     num_threads: int | None = None,
 ) -> Tensor:
-    """`reference.paged_attention` for float32 tensors on the CPU; the arguments are the same, and `num_threads`.
+    """`reference.paged_attention` for float32 tensors on the CPU, caches in one of `CACHE_DTYPES`; the arguments are the same, and
+    `num_threads`.
 
     Args:
         num_threads: most threads to use; None: torch.get_num_threads(). Small work stays on the calling thread.
@@ -125,8 +128,8 @@ def paged_attention(
         raise RuntimeError(f"the CPU attention kernel is not available: {loaded.availability.reason}")
     if not supports(q, k_cache):
         raise NotImplementedError(
-            f"the CPU attention kernel takes float32 on the CPU; q is {q.dtype} on {q.device}, the cache is "
-            f"{k_cache.dtype}: use reference.paged_attention"
+            f"the CPU attention kernel takes float32 on the CPU, and caches in {', '.join(map(str, CACHE_DTYPES))}; q is {q.dtype} "
+            f"on {q.device}, the cache is {k_cache.dtype}: use reference.paged_attention"
         )
     data = (q, k, v, k_cache, v_cache)
     metadata = (slot_mapping, block_tables, query_start, seq_lens)
@@ -145,7 +148,7 @@ def paged_attention(
         num_tokens, seq_lens.shape[0], num_heads, num_kv_heads, head_dim, value_dim,
         num_blocks, block_size, block_tables.shape[1], window,
         torch.get_num_threads() if num_threads is None else num_threads,
-        scale, softcap,
+        CACHE_DTYPES.index(k_cache.dtype), scale, softcap,
     )  # fmt: skip
     status = loaded.call(packed)
     if status:
@@ -174,7 +177,8 @@ def _fits(
         and query_start.shape == (num_seqs + 1,)
         and seq_lens.shape == (num_seqs,)
         and num_heads % num_kv_heads == 0
-        and q.dtype == k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
+        and q.dtype == k.dtype == v.dtype
+        and k_cache.dtype == v_cache.dtype
         and slot_mapping.dtype == torch.int64
         and block_tables.dtype == query_start.dtype == seq_lens.dtype == torch.int32
         and all([stride[-1] == 1 for stride in strides])

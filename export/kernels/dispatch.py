@@ -1,4 +1,4 @@
-"""Picks the attention kernel by device and dtype: Triton on CUDA, C for float32 on the CPU, else the reference."""
+"""Picks the attention kernel by device and dtype: Triton on CUDA, C for float32 queries on the CPU, else the reference."""
 
 from __future__ import annotations
 

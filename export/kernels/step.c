@@ -57,7 +57,7 @@ static int64_t rows_per_tile(const args_t *a) { return max64(1, TILE_QUERIES / (
 /* One (sequence, tile of rows, kv head) of attention. */
 static void attention_chunk(pool_t *pool, const args_t *a, int64_t item) {
     const int64_t per_tile = rows_per_tile(a);
-    scratch_t *scratch = scratch_get(per_tile * (a->num_heads / a->num_kv_heads), a->head_dim, a->value_dim);
+    scratch_t *scratch = scratch_get(a, per_tile * (a->num_heads / a->num_kv_heads));
     if (!scratch) {
         atomic_store(&pool->out_of_memory, 1);
         return;

@@ -4,8 +4,6 @@
  */
 #include "cpu.c"
 
-#include <math.h>
-
 typedef struct { char *at; int64_t step[4]; } operand_t; /* step: strides */
 
 /* native_program.py's _INSTRUCTION is the same list. Operands: [0] is written, the others are read, except as noted. */
