@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import calibrate, compile, load, trace
+    from .api import calibrate, compile, distill, load, trace
     from .export.engine import Engine
     from .export.whole import Export, export_model
     from .passes.quantization.recipe import Recipe
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _HOME = {
     "calibrate": ".api",
     "compile": ".api",
+    "distill": ".api",
     "load": ".api",
     "trace": ".api",
     "Engine": ".export.engine",
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compile",
+    "distill",
     "export_model",
     "load",
     "trace",

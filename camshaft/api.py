@@ -1,4 +1,4 @@
-"""`camshaft.compile`, `camshaft.load` and `camshaft.trace`."""
+"""`camshaft.compile`, `camshaft.calibrate`, `camshaft.distill`, `camshaft.load` and `camshaft.trace`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from .export.build import Progress
+    from .export.distillation.distill import Distillation
     from .export.engine import Engine
     from .export.quantization import ReadCalibration
     from .graph.program import Program
@@ -216,11 +217,87 @@ def calibrate(
         )
 
 
+def distill(
+    model: Any,
+    output: str | Path,
+    *,
+    quantize: str | Recipe | None = None,
+    group: int | None = None,
+    kv_cache_dtype: str = "auto",
+    center_keys: bool = False,
+    data: str | Path | Sequence[str] | Sequence[Sequence[int]] | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: bool | None = None,
+    **settings: int | float | None,
+) -> Distillation:
+    """Tunes a model's weights so that a recipe's rounding costs it little, and writes them as a Hugging Face directory.
+
+    The unquantized model teaches a copy of itself whose weights and inputs are rounded as the recipe's operators do
+    (quantization-aware distillation). Build the directory with the same `quantize`, `group` and `kv_cache_dtype`.
+
+    Args:
+        model: a Hugging Face directory or hub id, "demo" for the bundled model, or a Transformers causal LM in memory.
+        output: a directory that is new or empty.
+        quantize, group: as in `compile`; recipes that round to nearest, without calibration.
+        kv_cache_dtype: "auto", or "fp8": keys and values are rounded, too.
+        center_keys: the build will be given calibration data, so that its fp8 cache holds keys without their mean.
+        data: texts, rows of token ids, or the path of a text, of the kind that the model will see; None: for "demo" its calibration
+            text, for others the model writes all that it learns from.
+        device: "cpu" or "cuda"; None: CUDA where torch sees a GPU.
+        dtype: of the computation; None: float32. The weights that are trained are float32 always, and are written in the
+            checkpoint's own dtypes, whose rounding the training knows.
+        progress: show a progress bar; None: where the output is a terminal.
+        settings: fields of `camshaft.export.distillation.settings.DistillationSettings`, such as steps=400, learning_rate=3e-4,
+            batch_tokens, context, sampled_tokens, seed.
+
+    Returns:
+        How far the rounded model was from the unquantized one, before and after, in nats per token on text it did not learn from.
+
+    Raises:
+        ValueError: a model, recipe, text or number that does not fit, or an output directory that is not empty.
+        RuntimeError: a loss that is NaN or infinite, with its step.
+    """
+    import torch
+
+    from .export.build import resolve_device, resolve_dtype
+    from .export.distillation.distill import distill as run
+    from .export.distillation.settings import DistillationSettings
+    from .export.quantization import resolve_recipe
+    from .models import demo
+
+    if data is None and model == "demo":
+        data = demo.calibration_path()
+    given: Any = data.read_text(encoding="utf-8") if isinstance(data, Path) else data
+    given = [given] if isinstance(given, str) else given
+
+    def read(source: ModelSource) -> list[Sequence[int]]:
+        return _read_rows(given, source)
+
+    place = resolve_device(device)
+    with progress_bar(progress) as report:
+        return run(
+            demo.path() if model == "demo" else model,
+            Path(output),
+            recipe=resolve_recipe(quantize, group),
+            kv_cache_dtype=kv_cache_dtype,
+            center_keys=center_keys,
+            read=None if given is None else read,
+            settings=DistillationSettings.of(**settings),
+            device=place,
+            dtype=torch.float32 if dtype is None else resolve_dtype(dtype, place),
+            progress=report,
+        )
+
+
 def _token_rows(given: Any, source: ModelSource) -> CalibrationData:
     from .passes.quantization.calibration import CalibrationData
 
-    if isinstance(given, CalibrationData):
-        return given
+    return given if isinstance(given, CalibrationData) else CalibrationData.of(_read_rows(given, source))
+
+
+def _read_rows(given: Any, source: ModelSource) -> list[Sequence[int]]:
+    """Rows of token ids of texts, or those that were given."""
     rows: list[Sequence[int]] = []
     tokenizer = None
     for item in given:
@@ -231,10 +308,10 @@ def _token_rows(given: Any, source: ModelSource) -> CalibrationData:
             from .runtime.tokenizer import Tokenizer
 
             if source.tokenizer_dir is None:
-                raise ValueError(f"calibration has texts and {source.name} no tokenizer; give rows of token ids")
+                raise ValueError(f"the data has texts and {source.name} no tokenizer; give rows of token ids")
             tokenizer = Tokenizer.from_dir(source.tokenizer_dir)
         rows += _documents(tokenizer, item)
-    return CalibrationData.of(rows)
+    return rows
 
 
 def _documents(tokenizer: Any, text: str) -> list[list[int]]:

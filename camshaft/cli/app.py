@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, bisect, build, calibrate, demo, doctor, evaluate, export, generate, inspect
+from . import bench, bisect, build, calibrate, demo, distill, doctor, evaluate, export, generate, inspect
 from .common import err
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command(epilog=distill.EXAMPLES)(distill.distill)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.add_typer(bench.app, name="bench")
