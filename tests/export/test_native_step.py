@@ -17,12 +17,15 @@ import camshaft.graph.ops
 import pytest
 import torch
 from camshaft.export.executor import Executor, StepContext
+from camshaft.export.kernels import dispatch
+from camshaft.export.kernels.cpu import CACHE_DTYPES
 from camshaft.export.kernels.native import NativeBuildError, find_compiler
 from camshaft.export.native_ops import supported
 from camshaft.export.native_program import Unsupported, coalesce
 from camshaft.export.native_step import MAX_TOKENS, NativeStep, outlook, refusal
 from camshaft.export.segment import AttentionStep, Plan, Segment, SegmentStep
 from camshaft.export.targets.eager import EagerTarget
+from camshaft.graph.quant_ops import saturate
 from camshaft.graph.serialize import graph_hash, graph_to_json
 from camshaft.runtime.batch import Batch, GroupMetadata
 from families import FAMILIES, every_family, random_model, tiny_config
@@ -124,7 +127,8 @@ def check(plan: Plan, weights: dict[str, Tensor], native: NativeStep, batch: Bat
     # float32 sums in another order: a few units in the last place of the largest term
     torch.testing.assert_close(got, expected[0], rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
     for pair, other in zip(executor.caches, caches):
-        torch.testing.assert_close(pair, other, rtol=1e-5, atol=1e-5)
+        for stored, expected_cache in zip(other, pair):
+            torch.testing.assert_close(stored.float(), expected_cache.float(), rtol=1e-5, atol=1e-5)
     return got
 
 
@@ -257,9 +261,11 @@ def attention_plan(**options: Any) -> tuple[Plan, dict[str, Tensor]]:
     return plan, weights
 
 
-def filled_caches(num_blocks: int = 40) -> list[tuple[Tensor, Tensor]]:
+def filled_caches(num_blocks: int = 40, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
-    return [tuple(torch.randn(num_blocks, BLOCK, 2, 12, generator=generator) for _ in "kv")]  # type: ignore[list-item]
+    scale = 6.0 if dtype == torch.int8 else 1.0  # as large as the plan's keys and values
+    pair = [torch.randn(num_blocks, BLOCK, 2, 12, generator=generator) * scale for _ in "kv"]
+    return [(saturate(pair[0], dtype), saturate(pair[1], dtype))]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -268,6 +274,22 @@ def test_attention_equals_reference(name: str) -> None:
     native = NativeStep(plan, weights, 48)
     for num_tokens, num_sequences in ((1, 1), (3, 1), (8, 1), (1, 5), (2, 4)):
         check(plan, weights, native, rows(num_tokens, num_sequences), filled_caches())
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES[1:], ids=str)
+def test_attention_over_bytes_equals_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.cpu, "supports", lambda *_: False)  # the executor's attention is the torch reference
+    for name in ("plain", "all"):
+        plan, weights = attention_plan(**ATTENTION[name])
+        native = NativeStep(plan, weights, 48)
+        for num_tokens, num_sequences in ((1, 1), (3, 1), (8, 1), (1, 5), (2, 4)):
+            check(plan, weights, native, rows(num_tokens, num_sequences), filled_caches(dtype=dtype))
+
+
+def test_a_cache_in_half_precision_is_refused() -> None:
+    plan, weights = attention_plan()
+    with pytest.raises(Unsupported, match=r"a KV cache in torch\.bfloat16"):
+        NativeStep(plan, weights, 48).check(filled_caches(dtype=torch.bfloat16))
 
 
 def test_skipped_slots_and_some_rows() -> None:
