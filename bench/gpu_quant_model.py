@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = {
-    "bf16": None, "fp8": "fp8", "w8a16": "int8_weight_only", "w4a16": "int4", "w4a8": "w4a8", "w8a8": "int8",
-    "fp8_block": "fp8_block", "nvfp4": "nvfp4_weight_only",
+    "bf16": None, "fp8": "fp8", "fp8_lm_head": "fp8_lm_head", "w8a16": "int8_weight_only", "w4a16": "int4", "w4a8": "w4a8",
+    "w8a8": "int8", "fp8_block": "fp8_block", "nvfp4": "nvfp4_weight_only",
 }  # fmt: skip
 SMALL: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

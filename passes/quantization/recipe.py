@@ -188,6 +188,7 @@ def _gptq(text: str) -> Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "fp8": _recipe("fp8/fp8"),
+    "fp8_lm_head": _recipe("fp8/fp8", skip=(ROUTER,)),
     "fp8_static": _recipe("fp8:tensor/fp8_static"),
     "fp8_block": _recipe("fp8:block128/fp8_block"),
     "fp8_gptq": _recipe("fp8/fp8", algorithm="gptq", act_order="static"),

@@ -6,9 +6,15 @@ import pytest
 import torch
 from camshaft.graph.numerics import run_program
 from camshaft.graph.verify import verify
+from camshaft.passes import quantize_fp8
+from camshaft.passes.fuse_add_norm import FuseAddNorm
+from camshaft.passes.fuse_norm_quantize import FuseNormQuantize
+from camshaft.passes.match_rms_norm import MatchRmsNorm
 from camshaft.passes.normalize import Normalize
+from camshaft.passes.quantization.recipe import Recipe
+from camshaft.passes.quantize_linear import QuantizeLinear
 from camshaft.passes.select_rows import SelectRows
-from graph_cases import captured, rows
+from graph_cases import LlamaNorm, captured, rows, run
 from torch import Tensor, nn
 
 aten = torch.ops.aten
@@ -59,3 +65,38 @@ def test_no_rows() -> None:
     assert run_program(program, {"x": torch.randn(1, 8, 8), "sample_rows": torch.zeros(0, dtype=torch.int64)})[
         0
     ].shape == (1, 0, 20)
+
+
+class NormedHead(nn.Module):
+    """A head behind a norm, of a sum or not; kept: the sum is returned as well."""
+
+    def __init__(self, *, residual: bool, kept: bool = False) -> None:
+        super().__init__()
+        self.norm, self.head, self.residual, self.kept = LlamaNorm(32), nn.Linear(32, 16), residual, kept
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        total = x + x.abs() if self.residual else x
+        return self.head(self.norm(total)), *([total] if self.kept else [])
+
+
+@pytest.mark.parametrize(
+    "module", [NormedHead(residual=False), NormedHead(residual=True), NormedHead(residual=True, kept=True)]
+)
+def test_the_rows_of_an_fp8_head_are_chosen_before_they_are_quantized(
+    module: NormedHead, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize_fp8, "MIN_WEIGHTS", 0)
+    program = captured(module, rows(32))
+    recipe = Recipe.named("fp8_lm_head")
+    for step in (Normalize(), MatchRmsNorm(), FuseAddNorm(), QuantizeLinear(recipe), FuseNormQuantize()):
+        program = step(program).program
+    x = torch.randn(1, 9, 32)
+    expected = run(program, (x,))
+    selected = Normalize()(SelectRows()(program).program).program
+    verify(selected, after="select_rows")
+    (head,) = [node for node in selected.graph.nodes if node.target is quantize_fp8.SCALED_LINEAR]
+    quantizer = head.args[0].args[0]
+    assert quantizer.args[0].target is aten.index_select.default
+    actual = run_program(selected, {"x": x, "sample_rows": torch.tensor([7, 0])})
+    assert torch.equal(actual[0], expected[0][:, [7, 0]])
+    assert all(torch.equal(a, b) for a, b in zip(actual[1:], expected[1:], strict=True))
