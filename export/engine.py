@@ -237,6 +237,15 @@ class Engine:
             self._split.capture(self.max_sequences, self.max_batch_tokens)
         return graphs
 
+    def write_native_steps(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Prepares native steps of these numbers of (tokens, rows of logits), as far as there are any; others when they first come.
+
+        Needs the KV cache; binding another one drops them.
+        """
+        execution = self._ready_execution()
+        if self._native is not None:
+            self._native.write_ahead(sizes, execution.executor.caches)
+
     def graph_bytes(self) -> int:
         """Estimate of the memory that `capture` takes: the largest step's activations and the graphs themselves, in bytes."""
         if self.uncaptured is not None:

@@ -150,11 +150,7 @@ class NativeStep:
         """
         num_tokens, num_rows = batch.token_ids.shape[0], batch.sample_rows.shape[0]
         with self._lock:
-            if self._caches is not caches:
-                self._caches, self._ready = caches, {}
-            ready = self._ready.get((num_tokens, num_rows))
-            if ready is None:
-                ready = self._ready[num_tokens, num_rows] = self._write(num_tokens, num_rows)
+            ready = self._program(num_tokens, num_rows, caches)
             _check_batch(batch, num_tokens)
             logits = torch.empty((num_rows, self._width))
             ready.fill(batch, logits)
@@ -162,6 +158,22 @@ class NativeStep:
             if status:
                 ready.fail(status, batch, caches)
             return StepOutputs(logits, stack_hidden(ready.hidden, num_tokens))
+
+    def write_ahead(self, sizes: Sequence[tuple[int, int]], caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Writes the programs of steps of (tokens, rows of logits); each takes as long as some twenty steps of a small model."""
+        with self._lock:
+            for num_tokens, num_rows in sizes:
+                if num_rows <= num_tokens <= self.max_tokens:
+                    self._program(num_tokens, num_rows, caches)
+
+    def _program(self, num_tokens: int, num_rows: int, caches: Sequence[tuple[Tensor, Tensor]]) -> _Ready:
+        """The program of a size over these caches, written if need be."""
+        if self._caches is not caches:
+            self._caches, self._ready = caches, {}
+        ready = self._ready.get((num_tokens, num_rows))
+        if ready is None:
+            ready = self._ready[num_tokens, num_rows] = self._write(num_tokens, num_rows)
+        return ready
 
     def _write(self, num_tokens: int, num_rows: int) -> _Ready:
         assert self._caches is not None

@@ -6,9 +6,8 @@ their way: they are taken from the sampler's tensor on the device.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +17,14 @@ from .batch import Batch, GroupMetadata, Ints
 from .early_rows import early_rows
 from .packing import PackedTransfer, Spec, upload
 from .plan import ScheduledRequest, StepPlan
+from .repeated_batch import MOST_SEQUENCES, Key, RepeatedBatch, key_of
 from .request import Request
 
 if TYPE_CHECKING:
     from .speculative.verification import StepDrafts
 
-_REPEAT_SEQUENCES = 16
-"""Most sequences of a batch of decodes that is filled in again; from about there on whole arrays are quicker."""
+_MOST_REPEATED = 16
+"""Batches that are kept to be filled in again."""
 
 
 class BatchBuilder:
@@ -57,7 +57,8 @@ class BatchBuilder:
         self._decodes: tuple[Request, ...] | None = None
         self._decode_rows: Ints = np.zeros(0, dtype=np.int64)
         self._transfer = PackedTransfer(device)
-        self._repeat: _Repeat | None = None
+        self._repeated: dict[Key, RepeatedBatch] = {}
+        """Batches of few requests on the CPU, to be filled in again."""
 
     @property
     def num_free_rows(self) -> int:
@@ -73,7 +74,7 @@ class BatchBuilder:
                 known[row] = 0
             self._free_rows.append(row)
             self._decodes = None
-            self._repeat = None
+            self._repeated.clear()
 
     def build(
         self,
@@ -95,8 +96,11 @@ class BatchBuilder:
         """
         for request_id in (*plan.preempted, *plan.left):
             self.release(request_id)
-        if self._repeat is not None and in_flight is None and self._repeat.fits(plan):
-            return self._repeat.batch(plan.starts.tolist())
+        key = None
+        if self.device.type == "cpu" and (in_flight is None or in_order) and (drafts is None or drafts.is_simple):
+            key = key_of(plan)
+        if key is not None and (again := self._repeat(key, plan, in_flight)) is not None:
+            return again
         table_rows = np.concatenate((self._rows_of_decodes(plan), self._rows_of_others(plan.others)))
         layout = _Layout(plan)
         num_groups, num_decodes, max_seq_len = len(self._tables), len(plan.decodes), int(layout.seq_lens.max())
@@ -138,8 +142,21 @@ class BatchBuilder:
                       layout.max_query_len, max_seq_len, layout.num_decodes, sent[-1] if trees else None)  # fmt: skip
         if drafts is not None and drafts.drafts.hidden is not None:
             batch.early = early_rows(plan, batch, drafts)
-        small = not plan.others and num_decodes <= _REPEAT_SEQUENCES and self.device.type == "cpu"
-        self._repeat = _Repeat(plan.decodes, batch, width, self.block_size) if small and in_flight is None else None
+        if key is not None:
+            if len(self._repeated) >= _MOST_REPEATED:
+                self._repeated.clear()
+            self._repeated[key] = RepeatedBatch(plan, batch, self.block_size, self._sources, table_rows)
+        return batch
+
+    def _repeat(self, key: Key, plan: StepPlan, in_flight: torch.Tensor | None) -> Batch | None:
+        """The batch of a plan, filled in again; None for one that has to be built. in_flight: in the order of the decodes."""
+        repeated = self._repeated.get(key)
+        batch = None if repeated is None else repeated.fill(plan, known=in_flight is None)
+        if batch is None or repeated is None:
+            return None
+        self._sampled_at[repeated.rows] = repeated.order
+        if in_flight is not None and plan.decodes:
+            _feed(batch.token_ids[: len(plan.decodes)], in_flight, None)
         return batch
 
     def _write_tokens(self, plan: StepPlan, token_ids: Ints, *, known: bool) -> None:
@@ -179,7 +196,7 @@ class BatchBuilder:
             self._decodes, self._decode_rows = plan.decodes, np.array(rows, dtype=np.int64)
         rows_D = self._decode_rows
         if (
-            len(rows_D) <= _REPEAT_SEQUENCES
+            len(rows_D) <= MOST_SEQUENCES
         ):  # all blocks, those taken ahead for drafts, too: the batch may be filled in again
             for group, source in enumerate(self._sources):
                 for request, row in zip(plan.decodes, rows_D.tolist()):
@@ -279,52 +296,6 @@ def _feed(token_ids: torch.Tensor, in_flight: torch.Tensor, source: torch.Tensor
     """Writes the tokens in flight into [D] token_ids: those at `source`, None for the first D. (-1 is no token.)"""
     chosen = in_flight[: token_ids.shape[0]] if source is None else in_flight.index_select(0, source)
     torch.clamp(chosen, min=0, out=token_ids)
-
-
-class _Repeat:
-    """A batch of decodes on the CPU, to be filled in again while the same requests need no further block.
-
-    Between such steps only a token, a position, a length and a slot per request change: for few requests a handful of
-    numbers, where building the arrays anew costs many calls. Two sets of tensors take turns.
-    """
-
-    def __init__(self, requests: tuple[Request, ...], batch: Batch, width: int, block_size: int) -> None:
-        self._requests = requests
-        self._block_size = block_size
-        self._num_blocks = [tuple(map(len, request.block_ids)) for request in requests]
-        self._limit = width * block_size
-        self._turn = 0
-        self._sets: list[tuple[Batch, list[npt.NDArray[Any]]]] = []
-        for _ in range(2):
-            groups = tuple(GroupMetadata(group.slot_mapping.clone(), group.block_tables) for group in batch.groups)
-            copy = dataclasses.replace(
-                batch, token_ids=batch.token_ids.clone(), positions=batch.positions.clone(),
-                seq_lens=batch.seq_lens.clone(), groups=groups,
-            )  # fmt: skip
-            tensors = (copy.token_ids, copy.positions, copy.seq_lens, *(group.slot_mapping for group in groups))
-            self._sets.append((copy, [tensor.numpy() for tensor in tensors]))
-
-    def fits(self, plan: StepPlan) -> bool:
-        """Whether a plan has the same requests, with the same blocks, within the table's width."""
-        if plan.others or plan.decodes != self._requests or max(plan.starts) >= self._limit:
-            return False
-        counts = self._num_blocks
-        return all([counts[i] == tuple(map(len, request.block_ids)) for i, request in enumerate(plan.decodes)])
-
-    def batch(self, starts: Sequence[int]) -> Batch:
-        """The batch in which request i computes position `starts[i]`."""
-        self._turn = 1 - self._turn
-        batch, (tokens, positions, seq_lens, *slots) = self._sets[self._turn]
-        for i, (request, start) in enumerate(zip(self._requests, starts)):
-            block, offset = divmod(start, self._block_size)
-            tokens[i] = request.all_token_ids[start]
-            positions[i] = start
-            seq_lens[i] = start + 1
-            for group, slot in enumerate(slots):
-                block_id = request.block_ids[group][block]
-                slot[i] = block_id * self._block_size + offset if block_id >= 0 else -1
-        batch.max_seq_len = max(starts) + 1
-        return batch
 
 
 def _sample_rows(query_start: npt.NDArray[np.int64], num_logit_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

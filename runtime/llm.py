@@ -38,7 +38,7 @@ from .progress_bar import progress_bar
 from .sampler import derive_seed
 from .sampling_params import SamplingParams
 from .scheduler import Scheduler
-from .speculative.build import check_config, make_proposer, open_draft_engine
+from .speculative.build import check_config, make_proposer, open_draft_engine, write_steps
 from .speculative.config import SpeculativeConfig
 from .speculative.draft_model import full_group
 from .speculative.metrics import SpeculativeMetrics
@@ -171,6 +171,8 @@ class LLM:
             if cuda_graphs:
                 for one in engines:
                     one.capture()
+            if speculative is not None:
+                write_steps(speculative, engine, self.draft_engine)
             self.tokenizer = tokenizer_of(engine)
             """None where the engine came without one: then prompts are token ids and outputs have no text."""
             self._checker = InputChecker(self.tokenizer, vocab_size=engine.vocab_size, max_seq_len=engine.max_seq_len,

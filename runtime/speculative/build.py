@@ -140,6 +140,17 @@ def open_draft_engine(config: SpeculativeConfig, engine: Engine) -> Engine | Non
     return draft
 
 
+def write_steps(config: SpeculativeConfig, engine: Any, draft: Any) -> None:
+    """Prepares the native steps that one request's drafts need, of engines on the CPU that have such: they are no part of the first
+    texts' time then. KV caches are bound. draft: the engine of a draft model, or None."""
+    most = 1 + (config.num_draft_tokens if config.tree is None else len(config.tree))
+    if hasattr(engine, "write_native_steps"):
+        engine.write_native_steps([(count, count) for count in range(1, most + 1)])
+    if hasattr(draft, "write_native_steps"):
+        caught_up = most if config.method == "eagle" else 2  # its layer computes what was accepted again
+        draft.write_native_steps([(count, 1) for count in range(1, caught_up + 1)])
+
+
 def _compile_like(engine: Engine, model: Any, **options: Any) -> Engine:
     """A model compiled with a target's limits, target, device and dtype."""
     import camshaft

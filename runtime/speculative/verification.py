@@ -39,6 +39,11 @@ class StepDrafts:
         """Whether their values are known on the device alone."""
         return isinstance(self.drafts.token_ids, torch.Tensor)
 
+    @property
+    def is_simple(self) -> bool:
+        """Whether they are chains that the host knows, and nothing goes with them."""
+        return not self.on_device and self.drafts.parents is None and self.drafts.hidden is None
+
     def parents(self, row: ScheduledRequest) -> tuple[int, ...] | None:
         """Each draft's parent of those that a row of a plan verifies; None for a chain."""
         if self.drafts.parents is None:
