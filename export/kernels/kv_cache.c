@@ -11,8 +11,6 @@
 
 enum { FLOAT32, INT8, FLOAT8_E4M3FN }; /* cpu.py's CACHE_DTYPES is the same list */
 
-typedef int8_t vb __attribute__((vector_size(LANES)));
-
 INLINE int64_t value_bytes(int64_t dtype) { return dtype == FLOAT32 ? 4 : 1; }
 
 /* float8_e4m3fn, sign-extended. Exponent 0 has no hidden bit: it is that of 1, less the hidden bit. */
@@ -23,27 +21,30 @@ INLINE vf float_of_e4m3(vi bits) {
     return (vf)((vi)value | (bits & INT32_MIN));
 }
 
-INLINE vf float_of_bytes(const int dtype, const char *from, int64_t count) {
-    vb bytes = {0};
-    memcpy(&bytes, from, (size_t)count);
-    const vi wide = __builtin_convertvector(bytes, vi);
-    return dtype == INT8 ? __builtin_convertvector(wide, vf) : float_of_e4m3(wide);
+/* LANES bytes. The loop becomes one instruction, which a conversion of a vector of 8 bytes does not in every compiler. */
+INLINE vf float_of_bytes(const int dtype, const int8_t *from) {
+    int32_t wide[LANES];
+    for (int l = 0; l < LANES; l++) wide[l] = from[l];
+    vi bits;
+    memcpy(&bits, wide, sizeof bits);
+    return dtype == INT8 ? __builtin_convertvector(bits, vf) : float_of_e4m3(bits);
 }
 
-INLINE void read_bytes(const int dtype, const char *from, float *to, int64_t n) {
+INLINE void read_bytes(const int dtype, const int8_t *from, float *to, int64_t n) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, float_of_bytes(dtype, from + i, LANES));
-    if (i < n) {
-        const vf last = float_of_bytes(dtype, from + i, n - i);
-        memcpy(to + i, &last, sizeof(float) * (size_t)(n - i));
-    }
+    for (; i + LANES <= n; i += LANES) store(to + i, float_of_bytes(dtype, from + i));
+    if (i == n) return;
+    int8_t last[LANES] = {0};
+    memcpy(last, from + i, (size_t)(n - i));
+    const vf x = float_of_bytes(dtype, last);
+    memcpy(to + i, &x, sizeof(float) * (size_t)(n - i));
 }
 
 /* n values as float32: where they lie, or in `room`. */
 INLINE const float *read_values(int64_t dtype, const char *from, float *room, int64_t n) {
     if (dtype == FLOAT32) return (const float *)from;
-    if (dtype == INT8) read_bytes(INT8, from, room, n);
-    else read_bytes(FLOAT8_E4M3FN, from, room, n);
+    if (dtype == INT8) read_bytes(INT8, (const int8_t *)from, room, n);
+    else read_bytes(FLOAT8_E4M3FN, (const int8_t *)from, room, n);
     return room;
 }
 
