@@ -276,16 +276,35 @@ static float softmax_row(float *scores, int64_t padded, float *maximum, float *s
     return factor;
 }
 
-/* Sets t's rows to the keys and values of tokens j0 .. j0+n-1: where they lie, or float32 copies of a cache of bytes. */
-static void locate_rows(const args_t *a, scratch_t *t, const int32_t *table, int64_t kv, int64_t j0, int64_t n) {
+typedef struct { const args_t *a; const int32_t *table; int64_t kv, block, offset; } token_t; /* of a sequence's cache */
+
+INLINE token_t token_at(const args_t *a, const int32_t *table, int64_t kv, int64_t j) {
+    return (token_t){a, table, kv, j / a->block_size, j % a->block_size};
+}
+INLINE void next_token(token_t *t) { if (++t->offset == t->a->block_size) t->offset = 0, t->block++; }
+INLINE const char *key_of(const token_t *t) {
+    const args_t *a = t->a;
+    return a->k_cache + value_bytes(a->cache_dtype) * (t->table[t->block] * a->kc_block + t->offset * a->kc_offset + t->kv * a->kc_head);
+}
+INLINE const char *value_of(const token_t *t) {
+    const args_t *a = t->a;
+    return a->v_cache + value_bytes(a->cache_dtype) * (t->table[t->block] * a->vc_block + t->offset * a->vc_offset + t->kv * a->vc_head);
+}
+
+/* Sets t's rows to the keys and values of tokens j0 .. j0+n-1: where they lie, or float32 copies of a cache of bytes. Asks for those
+ * of the next tile, up to token `end`: rows of one head lie too far apart for the processor to see them coming. */
+static void locate_rows(const args_t *a, scratch_t *t, const int32_t *table, int64_t kv, int64_t j0, int64_t n, int64_t end) {
     const int64_t bytes = value_bytes(a->cache_dtype);
-    int64_t block = j0 / a->block_size, offset = j0 % a->block_size;
+    token_t token = token_at(a, table, kv, j0), later = token_at(a, table, kv, j0 + TILE_KEYS);
     for (int64_t j = 0; j < n; j++) {
-        const char *key = a->k_cache + bytes * (table[block] * a->kc_block + offset * a->kc_offset + kv * a->kc_head);
-        const char *value = a->v_cache + bytes * (table[block] * a->vc_block + offset * a->vc_offset + kv * a->vc_head);
-        t->key_rows[j] = read_values(a->cache_dtype, key, t->keys + j * a->head_dim, a->head_dim);
-        t->value_rows[j] = read_values(a->cache_dtype, value, t->values + j * a->value_dim, a->value_dim);
-        if (++offset == a->block_size) offset = 0, block++;
+        if (j0 + TILE_KEYS + j < end) {
+            fetch(key_of(&later), bytes * a->head_dim);
+            fetch(value_of(&later), bytes * a->value_dim);
+            next_token(&later);
+        }
+        t->key_rows[j] = read_values(a->cache_dtype, key_of(&token), t->keys + j * a->head_dim, a->head_dim);
+        t->value_rows[j] = read_values(a->cache_dtype, value_of(&token), t->values + j * a->value_dim, a->value_dim);
+        next_token(&token);
     }
 }
 
@@ -314,7 +333,7 @@ static void attend(const args_t *a, scratch_t *t, int64_t seq, int64_t kv, int64
     const int64_t seen_from = a->tree_mask ? before : position; /* the first row's position, at least */
     for (int64_t j0 = a->window ? max64(0, seen_from - a->window + 1) : 0; j0 < end; j0 += TILE_KEYS) {
         const int64_t n = min64(TILE_KEYS, end - j0), padded = (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-        locate_rows(a, t, table, kv, j0, n);
+        locate_rows(a, t, table, kv, j0, n, end);
         for (int64_t j = n; j < padded; j++) t->key_rows[j] = t->key_rows[n - 1]; /* computed, then masked */
         if (m >= PACK_FROM) {
             transpose_keys(t->key_rows, t->packed, padded, dim);

@@ -34,13 +34,7 @@ enum { BAD_INDEX = 6 };
  */
 #define WIDE (4 * LANES)
 #define TERMS 512 /* products summed one after the other before they go into a total: keeps rounding errors small */
-#define AHEAD 1024 /* bytes: what a processor finds by itself are a few hundred, and unpacking keeps it from looking further */
-
-/* Asks for the `bytes` that come AHEAD of `at`, in cache lines. An address behind the end asks for nothing that hurts. */
-INLINE void fetch_ahead(const void *at, int64_t bytes) {
-#pragma GCC unroll 8
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch((const char *)at + AHEAD + line);
-}
+#define AHEAD 1024 /* bytes to ask for in advance: a processor does so for a few hundred, and unpacking keeps it from looking further */
 
 INLINE void panel_sums(const int count, const uint16_t *panel, const float *x, int64_t x_step, int64_t dim, vf total[3][4]) {
     for (int r = 0; r < count; r++)
@@ -53,7 +47,7 @@ INLINE void panel_sums(const int count, const uint16_t *panel, const float *x, i
             for (int r = 0; r < count; r++) sum[r][v] = (vf){0};
         }
         for (int64_t k = begin; k < even; k += 2, panel += 2 * WIDE) {
-            fetch_ahead(panel, 4 * WIDE);
+            fetch((const char *)panel + AHEAD, 4 * WIDE);
 #pragma GCC unroll 4
             for (int v = 0; v < 4; v++) {
                 vi words;

@@ -70,7 +70,7 @@ INLINE void group_products(const int four_bits, const int count, const char *wor
     for (int r = 0; r < count; r++) sum[r][0] = sum[r][1] = (vi){0};
     for (int64_t k = 0; k < group; k += 2 * parts, words += 4 * PAIR) {
         const vi left = load_int(words), right = load_int(words + 4 * LANES);
-        fetch_ahead(words, 4 * PAIR);
+        fetch(words + AHEAD, 4 * PAIR);
 #pragma GCC unroll 4
         for (int part = 0; part < parts; part++) {
             const vi a = pair_of(four_bits, left, part), b = pair_of(four_bits, right, part);
