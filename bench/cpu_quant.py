@@ -1,12 +1,14 @@
 """Decode speed at batch 1 and memory of quantized engines on the CPU, beside float32 in the same run.
 
     python bench/cpu_quant.py --out bench/results/cpu-quant.json [--shapes demo,llama-3.2-1b] [--layers 16] [--threads 2]
+    python bench/cpu_quant.py --out bench/results/cpu-kv-int8.json --context 960 --variants "float32;KV int8;KV fp8"
 
 Every variant is compiled for ONNX Runtime, serves in a process of its own and is measured alone. Shapes are those of
 `camshaft.models.random_weights` (random weights; rounded to bfloat16 but for "not bfloat16", as most checkpoints are stored), and
 "demo", the bundled model. Decode speed is that of the tokens after the first; a value is the median of --repeats generations, with
 the fastest and slowest. "sessions alone" has no native step: every token goes through ONNX Runtime. Memory is the resident set of
-the process after the last generation, less what it was before the model was opened.
+the process after the last generation, less what it was before the model was opened. With --sequences a time is that of a step with
+one token of each; their prompts, of --context tokens, are in the prefix cache but for the first time, whose first token is "cold".
 """
 
 from __future__ import annotations
@@ -34,8 +36,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32, sessions alone": {"native": False},
     "int8, sessions alone": {"quantize": "int8", "native": False},
     "int4, sessions alone": {"quantize": "int4", "native": False},
+    "KV int8": {"kv": "int8"},
+    "KV fp8": {"kv": "fp8"},
+    "int8, KV int8": {"quantize": "int8", "kv": "int8"},
+    "KV int8, torch reference": {"kv": "int8", "native": False, "reference": True},
 }
-"""What is compared: `quantize`, whether weights are numbers of bfloat16, and whether there is a native step."""
+"""What is compared: `quantize`, the KV cache's dtype, whether weights are numbers of bfloat16, whether there is a native step, and
+whether attention is the torch reference."""
 
 
 # --------------------------------------------------------------------------------------------------- one variant, a process
@@ -66,40 +73,59 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def calibration_of(shape: str, vocab_size: int) -> Any:
+    """What an int8 KV cache finds its scales on: the demo model's text, tokens in any order for random weights."""
+    if shape == "demo":
+        return [(DEMO.parent / "calibration.txt").read_text()[:8000]]
+    return [[(start + 7919 * token) % vocab_size for token in range(256)] for start in (3, 11)]
+
+
 def work(options: dict[str, Any]) -> dict[str, Any]:
     """Compiles a variant, decodes, and returns what was measured."""
     import onnxruntime
     import torch
     from camshaft.export import engine as engine_module
+    from camshaft.export.kernels import dispatch
 
     import camshaft
 
     torch.set_num_threads(options["threads"])
     if not options.get("native", True):
         engine_module.make_native_step = lambda *_: (None, "no native step: left out for this measurement")
-    shape, exact = options["shape"], options.get("exact", True)
+    if options.get("reference"):
+        dispatch.cpu.supports = lambda *_: False
+    shape, exact, context = options["shape"], options.get("exact", True), options["prompt"]
     model = str(DEMO) if shape == "demo" else random_model(shape, options["layers"], exact)
     before, start = resident_bytes(), time.perf_counter()
     engine = camshaft.compile(
-        model, target="onnxruntime", device="cpu", dtype="float32", quantize=options.get("quantize"), max_seq_len=512,
-        max_sequences=1, cache=False, progress=False,
+        model, target="onnxruntime", device="cpu", dtype="float32", quantize=options.get("quantize"),
+        kv_cache_dtype=options.get("kv", "auto"), max_seq_len=max(512, context + options["tokens"] + 8),
+        calibration=calibration_of(shape, 32_000) if options.get("kv") == "int8" else None,
+        max_sequences=options["sequences"], cache=False, progress=False,
     )  # fmt: skip
     build_s = time.perf_counter() - start
     llm = camshaft.LLM(engine)
     params = camshaft.SamplingParams(temperature=0, max_tokens=options["tokens"], ignore_eos=True, detokenize=False)
-    prompt = {"prompt_token_ids": list(range(5, 5 + options["prompt"]))}
-    decode, first = [], []
+    prompts = [
+        {"prompt_token_ids": [5 + (17 * s + t) % 4000 for t in range(context)]} for s in range(options["sequences"])
+    ]
+    decode, first, cold_s = [], [], 0.0
     for repeat in range(options["repeats"] + 1):
         offset = time.perf_counter() - time.monotonic()
         begun = time.perf_counter()
-        output = llm.generate([prompt], params)[0]
-        first_s, last_s = output.metrics.first_token_s + offset, output.metrics.finished_s + offset
+        metrics = [output.metrics for output in llm.generate(prompts, params)]
+        first_s, last_s = (max(getattr(m, name) for m in metrics) + offset for name in ("first_token_s", "finished_s"))
         if repeat:  # the first warms up
             first.append(first_s - begun)
             decode.append((last_s - first_s) / (options["tokens"] - 1))
+        else:
+            cold_s = first_s - begun
+    token_bytes = sum(group.bytes_per_block for group in engine.cache_groups) / engine.manifest.cache.block_size
     return {
         "decode_ms": spread(decode),
         "first_token_ms": spread(first),
+        "cold_first_token_ms": round(1e3 * cold_s, 1),
+        "kv_mb": round(token_bytes * options["sequences"] * (context + options["tokens"]) / 1e6, 2),
         "memory_mb": round((resident_bytes() - before) / 1e6, 1),
         "weights_mb": round(engine.weights_bytes / 1e6, 1),
         "num_layers": len(engine.manifest.cache.layers),
@@ -132,7 +158,12 @@ class Run:
         """Runs the variant in a process of its own; a failure is recorded, not raised."""
         options = {"shape": self.shape, "threads": args.threads, "repeats": args.repeats, **VARIANTS[self.variant]}
         small = self.shape == "demo"
-        options |= {"layers": args.layers, "tokens": 64 if small else args.tokens, "prompt": 32}
+        options |= {
+            "layers": args.layers,
+            "tokens": 64 if small and args.context == 32 else args.tokens,
+            "prompt": args.context,
+        }
+        options |= {"sequences": args.sequences}
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
         command = [sys.executable, __file__, "--worker", json.dumps(options)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -172,10 +203,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shapes", default="demo,llama-3.2-1b")
-    parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons")
+    usual = ";".join(name for name, options in VARIANTS.items() if "kv" not in options)
+    parser.add_argument("--variants", default=usual, help=f"separated by semicolons; there are {'; '.join(VARIANTS)}")
     parser.add_argument("--layers", type=int, default=0, help="layers of random models; 0: as the shape has them")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--context", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--sequences", type=int, default=1, help="sequences that decode at once")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of random models")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()

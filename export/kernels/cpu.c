@@ -193,7 +193,8 @@ static scratch_t *scratch_get(const args_t *a, int64_t m) {
         pthread_setspecific(scratch_key, s);
     }
     m = (m + 15) / 16 * 16; /* keeps every part aligned to 64 bytes */
-    size_t size = sizeof(float) * (size_t)(m * (head_dim + value_dim + TILE_KEYS + 2) + head_dim * (TILE_KEYS + row) + value_dim * row);
+    size_t size = (size_t)(m * (head_dim + value_dim + TILE_KEYS + 2) + head_dim * (TILE_KEYS + row) + value_dim * row);
+    size *= sizeof(float);
     if (s->size < size) {
         free(s->memory);
         s->size = 0;
@@ -284,15 +285,17 @@ INLINE token_t token_at(const args_t *a, const int32_t *table, int64_t kv, int64
 INLINE void next_token(token_t *t) { if (++t->offset == t->a->block_size) t->offset = 0, t->block++; }
 INLINE const char *key_of(const token_t *t) {
     const args_t *a = t->a;
-    return a->k_cache + value_bytes(a->cache_dtype) * (t->table[t->block] * a->kc_block + t->offset * a->kc_offset + t->kv * a->kc_head);
+    const int64_t at = t->table[t->block] * a->kc_block + t->offset * a->kc_offset + t->kv * a->kc_head;
+    return a->k_cache + value_bytes(a->cache_dtype) * at;
 }
 INLINE const char *value_of(const token_t *t) {
     const args_t *a = t->a;
-    return a->v_cache + value_bytes(a->cache_dtype) * (t->table[t->block] * a->vc_block + t->offset * a->vc_offset + t->kv * a->vc_head);
+    const int64_t at = t->table[t->block] * a->vc_block + t->offset * a->vc_offset + t->kv * a->vc_head;
+    return a->v_cache + value_bytes(a->cache_dtype) * at;
 }
 
-/* Sets t's rows to the keys and values of tokens j0 .. j0+n-1: where they lie, or float32 copies of a cache of bytes. Asks for those
- * of the next tile, up to token `end`: rows of one head lie too far apart for the processor to see them coming. */
+/* Sets t's rows to the keys and values of tokens j0 .. j0+n-1: where they lie, or float32 copies of a cache of bytes. Asks for
+ * those of the next tile, up to token `end`: rows of one head lie too far apart for the processor to see them coming. */
 static void locate_rows(const args_t *a, scratch_t *t, const int32_t *table, int64_t kv, int64_t j0, int64_t n, int64_t end) {
     const int64_t bytes = value_bytes(a->cache_dtype);
     token_t token = token_at(a, table, kv, j0), later = token_at(a, table, kv, j0 + TILE_KEYS);

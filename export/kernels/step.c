@@ -4,9 +4,9 @@
  *
  * For few tokens a step is bound by reading the weights once. `linear` therefore reads them as bfloat16 where that
  * holds their values exactly (the copy's layout is drawn in step_ops.c), and is cut into chunks that threads take
- * from a common counter; so are the integer weights of step_quantized.c. The calling thread walks through the program and does everything else itself: it never waits
- * for a thread that has not begun, so a busy machine only makes it slower. Worker threads spin while a step runs and
- * sleep between steps.
+ * from a common counter; so are the integer weights of step_quantized.c. The calling thread walks through the program
+ * and does everything else itself: it never waits for a thread that has not begun, so a busy machine only makes it
+ * slower. Worker threads spin while a step runs and sleep between steps.
  *
  * Sizes and pointers were checked when the program was written; what changes from step to step (token ids, sample rows,
  * block tables) is checked here.

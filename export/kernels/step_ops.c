@@ -34,7 +34,7 @@ enum { BAD_INDEX = 6 };
  */
 #define WIDE (4 * LANES)
 #define TERMS 512 /* products summed one after the other before they go into a total: keeps rounding errors small */
-#define AHEAD 1024 /* bytes to ask for in advance: a processor does so for a few hundred, and unpacking keeps it from looking further */
+#define AHEAD 1024 /* bytes to ask for in advance: unpacking keeps a processor from looking that far by itself */
 
 INLINE void panel_sums(const int count, const uint16_t *panel, const float *x, int64_t x_step, int64_t dim, vf total[3][4]) {
     for (int r = 0; r < count; r++)
