@@ -61,7 +61,7 @@ def distill(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Updates; default: 400.", show_default=False)] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="The largest; default: 5e-4.", show_default=False)
+        float | None, typer.Option("--learning-rate", help="The largest; default: 1e-4.", show_default=False)
     ] = None,
     batch_tokens: Annotated[
         int | None, typer.Option("--batch-tokens", help="Tokens of a step; default: 8192.", show_default=False)

@@ -17,8 +17,10 @@ class DistillationSettings:
     """Tokens of a step."""
     context: int = 512
     """Tokens of a row; rows do not see each other."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-4
     """AdamW's largest, for matrices and vectors alike."""
+    features: float = 1.0
+    """Weight of the second loss: how far the inputs of rounded layers are from the teacher's; 0: the distributions alone."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; a cosine takes it to zero after that."""
     beta2: float = 0.98
@@ -50,6 +52,7 @@ class DistillationSettings:
             ("batch_tokens", 2, 1 << 24),
             ("context", 2, 1 << 20),
             ("learning_rate", 1e-9, 1.0),
+            ("features", 0.0, 1e6),
             ("warmup", 0.0, 0.9),
             ("beta2", 0.5, 0.99999),
             ("weight_decay", 0.0, 1.0),

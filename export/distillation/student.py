@@ -11,7 +11,7 @@ are rounded, in which format and joined with which others cannot differ from wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,20 +97,24 @@ class ProgramModel:
         for layer in self.plan.layers.values():
             layer.search()
 
-    def __call__(self, tokens_BT: Tensor) -> Tensor:
-        """Logits [B * T, V] of the tokens behind each one, in the program's dtype; rows of tokens do not see each other."""
+    def __call__(self, tokens_BT: Tensor, watched: Collection[fx.Node] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Runs rows of tokens [B, T], which do not see each other.
+
+        Returns logits [B * T, V] of the tokens behind each one, in the program's dtype, and for each linear layer in `watched`, in
+        graph order, what it reads, before it is rounded.
+        """
         rows, length = tokens_BT.shape
         given = {
             "token_ids": tokens_BT.reshape(1, -1),
             "positions": torch.arange(length, device=tokens_BT.device).repeat(rows)[None],
         }
-        run = _Run(self, length)
+        run = _Run(self, length, watched)
         values = [
             given[spec.name] if spec.kind != "weight" else self._weight(spec.key)
             for _, spec in self.program.placeholders()
         ]
         logits: Tensor = run.run(*values)[0]
-        return logits[0]
+        return logits[0], run.seen
 
     def _weight(self, key: str) -> Tensor:
         if key in self._constants:
@@ -132,17 +136,21 @@ class ProgramModel:
 
 
 class _Run(fx.Interpreter):
-    """One run over packed rows of `length` tokens each."""
+    """One run over packed rows of `length` tokens each. seen: what the watched layers read."""
 
-    def __init__(self, model: ProgramModel, length: int) -> None:
+    def __init__(self, model: ProgramModel, length: int, watched: Collection[fx.Node]) -> None:
         super().__init__(model.program.graph_module)
+        self.seen: list[Tensor] = []
         self._plan = model.plan
         self._length = length
+        self._watched = watched
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n in self._watched:
+            self.seen.append(args[0])
         if n in self._plan.layers:
             return _rounded_linear(self._plan.layers[n], *args)
         if is_call(n, ATTENTION):

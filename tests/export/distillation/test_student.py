@@ -10,6 +10,7 @@ import pytest
 import torch
 from camshaft.export.distillation.checkpoint import read_parameters
 from camshaft.export.distillation.student import CacheRounding, ProgramModel, plan_student
+from camshaft.export.distillation.train import feature_error
 from camshaft.graph.linear_format import LinearFormat
 from camshaft.graph.numerics import run_program
 from camshaft.graph.program import Program
@@ -44,7 +45,7 @@ def test_without_rounding_it_is_the_model(family: str) -> None:
     rows = torch.stack([TOKENS[0], TOKENS[0].flip(0)])
     with torch.no_grad():
         expected = model(rows).logits
-        logits = student_of(model, program, None)(rows).view_as(expected)
+        logits = student_of(model, program, None)(rows)[0].view_as(expected)
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()  # float32, sums in another order
 
 
@@ -58,8 +59,8 @@ def test_with_rounding_it_is_the_quantized_program(family: str, text: str, monke
     with torch.no_grad():
         expected = run_program(quantized, {"token_ids": TOKENS, "positions": torch.arange(48)[None]})[0][0]
         student = student_of(model, program, recipe)
-        plain = student_of(model, program, None)(TOKENS)
-        logits = student(TOKENS)
+        plain = student_of(model, program, None)(TOKENS)[0]
+        logits = student(TOKENS)[0]
     # float32: a sum in another order moves a few inputs over the middle between two steps, which later tokens see
     assert (logits - expected).abs().mean() < 0.1 * (plain - expected).abs().mean()
     assert len(student.plan.layers) == quantized.history[-3].num_matches
@@ -74,7 +75,7 @@ def test_gradients_reach_every_parameter_and_tied_ones_once() -> None:
         < len(dict(model.named_parameters(remove_duplicate=False)))
     )
     plan = plan_student(program, Recipe.named("nvfp4"), CacheRounding(torch.float8_e4m3fn, True))
-    ProgramModel(program, found.student, found.stored, CPU, plan)(TOKENS).square().mean().backward()
+    ProgramModel(program, found.student, found.stored, CPU, plan)(TOKENS)[0].square().mean().backward()
     for name, parameter in found.trained.items():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
@@ -82,9 +83,9 @@ def test_gradients_reach_every_parameter_and_tied_ones_once() -> None:
 def test_an_fp8_cache_and_its_centred_keys() -> None:
     model, program = opened("llama")
     with torch.no_grad():
-        plain = student_of(model, program, None)(TOKENS)
-        rounded = student_of(model, program, None, CacheRounding(torch.float8_e4m3fn, False))(TOKENS)
-        centred = student_of(model, program, None, CacheRounding(torch.float8_e4m3fn, True))(TOKENS)
+        plain = student_of(model, program, None)(TOKENS)[0]
+        rounded = student_of(model, program, None, CacheRounding(torch.float8_e4m3fn, False))(TOKENS)[0]
+        centred = student_of(model, program, None, CacheRounding(torch.float8_e4m3fn, True))(TOKENS)[0]
     for logits in (rounded, centred):
         assert 0 < (logits - plain).abs().max() < 0.1 * plain.abs().max()
     assert not torch.equal(rounded, centred)
@@ -95,8 +96,22 @@ def test_weights_are_rounded_to_what_the_checkpoint_stores() -> None:
     found = read_parameters(copy.deepcopy(model).bfloat16(), program, CPU)
     assert set(found.stored.values()) == {torch.bfloat16}
     with torch.no_grad():
-        expected = ProgramModel(program, found.teacher, {}, CPU)(TOKENS)
+        expected = ProgramModel(program, found.teacher, {}, CPU)(TOKENS)[0]
         for parameter in found.trained.values():
             parameter.mul_(1 + 2**-10)  # less than half a step of bfloat16
         student = ProgramModel(program, found.student, found.stored, CPU)
-        assert torch.equal(student(TOKENS), expected)
+        assert torch.equal(student(TOKENS)[0], expected)
+
+
+def test_what_layers_read_is_seen() -> None:
+    model, program = opened("llama")
+    student = student_of(model, program, Recipe.named("nvfp4"))
+    watched = student.plan.layers.keys()
+    with torch.no_grad():
+        _, inputs = student(TOKENS, watched)
+        _, wanted = student_of(model, program, None)(TOKENS, watched)
+    assert [x.shape[-1] for x in inputs] == [64, 64, 64, 96] * 2
+    assert torch.equal(inputs[0], wanted[0])  # nothing was rounded before the first layer
+    errors = [float(feature_error([x], [y])) for x, y in zip(inputs, wanted)]
+    assert errors[0] == 0 and 0 < errors[1] < 0.2
+    assert float(feature_error(inputs, wanted)) == pytest.approx(sum(errors) / len(errors))
