@@ -17,6 +17,7 @@ import pstats
 import statistics
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ VOCAB_SIZE, PERIOD, BLOCK_SIZE, MAX_SEQ_LEN = 64, 11, 16, 4096
 class PeriodicEngine(FakeEngine):
     """The token at a position follows from the position alone, but for a share `spoilt` of the rows.
 
-    step_s: CPU seconds spent in here, which are not the host's work. device_s: seconds that a device would have taken: what
-    adaptive lengths are chosen by.
+    step_s: CPU seconds spent in here, which are not the host's work. device_s: seconds that a device would have taken for the steps
+    that were waited for: what adaptive lengths are chosen by.
     """
 
     def __init__(self, num_sequences: int, spoilt: float, seed: int) -> None:
@@ -46,10 +47,15 @@ class PeriodicEngine(FakeEngine):
             max_sequences=num_sequences, block_size=BLOCK_SIZE, cheap=True,
         )  # fmt: skip
         self.step_s = self.device_s = 0.0
+        self._launched: deque[float] = deque()
         self._spoilt, self._rng = spoilt, np.random.default_rng(seed)
         noise = torch.randn(PERIOD + 1, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
         noise[torch.arange(PERIOD + 1), torch.arange(3, PERIOD + 4)] += 12.0
         self._rows = noise
+
+    def wait(self) -> None:
+        """The oldest step launched has come to its end."""
+        self.device_s += self._launched.popleft()
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Logits [R, V]."""
@@ -58,7 +64,7 @@ class PeriodicEngine(FakeEngine):
         if self._spoilt:
             keys = np.where(self._rng.random(len(keys)) < self._spoilt, PERIOD, keys)
         logits = self._rows.index_select(0, torch.from_numpy(keys))
-        self.device_s += 5e-3 + 1e-5 * batch.token_ids.shape[0]
+        self._launched.append(5e-3 + 1e-5 * batch.token_ids.shape[0])
         self.step_s += time.thread_time() - start
         return logits
 
@@ -84,6 +90,13 @@ def make_core(num_sequences: int, method: str, adaptive: bool) -> tuple[Any, lis
         )
     )  # fmt: skip
     core = ServingCore(engine, scheduler, None, asynchronous=True, speculative=config)
+    collect = core.runner.collect
+
+    def waited_for(step: Any) -> Any:
+        engine.wait()
+        return collect(step)
+
+    core.runner.collect = waited_for  # type: ignore[method-assign]
     proposer = make_proposer(config, engine, draft)
     core.speculation = Speculation(config, proposer, scheduler, core.runner, clock=lambda: engine.device_s)
     return core, [engine, draft]

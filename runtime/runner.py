@@ -185,7 +185,9 @@ class Runner:
         if plan.has_drafts:
             assert drafts is not None and self.speculative is not None, "a plan with drafts goes with their proposal"
             rows = batch.sample_rows if kept is None else batch.sample_rows.index_select(0, kept)
-            step.drafted = VerificationRows(plan, drafts, self.speculative, batch.token_ids.index_select(0, rows))
+            every = rows.shape[0] == batch.num_tokens  # rows ascend
+            at_R = batch.token_ids if every else batch.token_ids.index_select(0, rows)
+            step.drafted = VerificationRows(plan, drafts, self.speculative, at_R)
         if not (plan.on_top and self._num_late and any(state.late for state in step.states)):
             self.sample(step)
         return step

@@ -14,8 +14,9 @@ SHARE = 0.01
 """Of the time of steps without drafts, what may be spent on drafts that do not pay."""
 MOST = 24.0
 """Steps without drafts that the account holds at first, and at most."""
-MOST_LOST = 3.0
-"""Steps without drafts that a single step is charged at most: what is compiled or captured in it is so once."""
+MOST_LOST, MOST_LOST_FIRST = 3.0, 1.0
+"""Steps without drafts that a single step is charged at most, and one of the first of its kind: what is compiled or captured in it
+is so once."""
 
 
 class DraftAccount:
@@ -34,11 +35,13 @@ class DraftAccount:
         """Takes in a step without drafts."""
         self.balance = min(self.balance + SHARE, MOST)
 
-    def draft(self, tokens_per_request: float, seconds: float, base_s: float) -> None:
+    def draft(self, tokens_per_request: float, seconds: float, base_s: float, *, is_first: bool = False) -> None:
         """Takes in a step with drafts, or one that they were sought for in vain.
 
         Args:
             tokens_per_request: output tokens of the step, for each of its requests.
             seconds: what it took. base_s: what a step of the same requests takes without drafts.
+            is_first: whether it is one of the first of its kind.
         """
-        self.balance = min(self.balance + max(tokens_per_request - seconds / base_s, -MOST_LOST), MOST)
+        most_lost = MOST_LOST_FIRST if is_first else MOST_LOST
+        self.balance = min(self.balance + max(tokens_per_request - seconds / base_s, -most_lost), MOST)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,8 @@ PROBE_AFTER, PROBE_AFTER_MOST = 4, 128
 """Rests after which drafts are tried again, at first and after many attempts in vain."""
 PLAIN_EVERY = 128
 """Steps with drafts after which there is one without."""
+_FEW = 32
+"""Chances that are quicker sorted one by one than as an array."""
 MIN_GAIN = 1.05
 """Drafts have to promise that much more tokens per second than none: estimates are noisy, and steps without drafts overlap with the
 host's work."""
@@ -114,12 +117,11 @@ class AdaptiveLengths:
                 vain, 0: they were not sought for.
             seconds: what the step took.
         """
+        is_first = depth >= 0 and not self.costs.observe(num_tokens, depth, seconds)
         if depth == 0:
             self.account.rest()
-        elif (base_s := self.costs.estimate(num_requests, 0)) is not None:
-            self.account.draft(num_new / num_requests, seconds, base_s)
-        if depth >= 0:
-            self.costs.observe(num_tokens, depth, seconds)
+        elif (base_s := self.costs.mean(num_requests)) is not None:
+            self.account.draft(num_new / num_requests, seconds, base_s, is_first=is_first)
 
     def rests(self) -> bool:
         """Whether drafts were found not to pay a few steps ago; called once per step."""
@@ -201,10 +203,8 @@ class AdaptiveLengths:
         depths = np.arange(1, max(limits, default=0) + 1)
         chances = np.where(depths <= np.array(limits)[:, None], rates[:, None] ** depths, 0.0)
         for depth in depths.tolist():
-            gains = np.sort(chances[:, :depth], axis=None)[::-1]
-            gains = gains[gains > 0][:budget]
-            sums = np.cumsum(gains)
-            for count in _counts_to_try(num_base, len(gains)):
+            sums = _best_sums(chances[:, :depth], budget)
+            for count in _counts_to_try(num_base, depth, len(sums)):
                 seconds = self.costs.estimate(num_base + count, depth)
                 assert seconds is not None, "a step without drafts is known, so something is known of all"
                 rate = (num_base + sums[count - 1]) / seconds
@@ -229,11 +229,22 @@ class AdaptiveLengths:
         return False
 
 
-def _counts_to_try(num_base: int, most: int) -> list[int]:
-    """Numbers of drafts that fill their kind of step (cost.token_bucket), and the most."""
+def _best_sums(chances: npt.NDArray[np.float64], most: int) -> Sequence[float]:
+    """Sums of the one best, the two best ... of all chances above 0, at most of so many."""
+    if chances.size <= _FEW:
+        return list(accumulate(sorted([chance for chance in chances.ravel().tolist() if chance], reverse=True)[:most]))
+    gains = np.sort(chances, axis=None)[::-1]
+    sums: list[float] = np.cumsum(gains[gains > 0][:most]).tolist()
+    return sums
+
+
+def _counts_to_try(num_base: int, least: int, most: int) -> list[int]:
+    """Numbers of drafts from `least` on that fill their kind of step (cost.token_bucket), and the most."""
     counts: list[int] = []
-    while (counts[-1] if counts else 0) < most:
-        counts.append(min(token_bucket(num_base + (counts[-1] if counts else 0) + 1) - num_base, most))
+    count = least - 1
+    while count < most:
+        count = min(token_bucket(num_base + count + 1) - num_base, most)
+        counts.append(count)
     return counts
 
 

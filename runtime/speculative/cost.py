@@ -49,12 +49,15 @@ class StepCosts:
         self._is_fitted = True
         """Whether `_plane` is that of the estimates, those of steps that are measured again included."""
 
-    def observe(self, num_tokens: int, depth: int, seconds: float) -> None:
-        """Takes in a step of decodes and verifications; `depth` is the most drafts of any request in it."""
+    def observe(self, num_tokens: int, depth: int, seconds: float) -> bool:
+        """Takes in a step of decodes and verifications; `depth` is the most drafts of any request in it.
+
+        False: it is one of the first of its kind, which do not count.
+        """
         key = (depth, token_bucket(num_tokens))
         self._counts[key] += 1
         if self._counts[key] <= _FIRST:
-            return
+            return False
         samples = self._samples.setdefault(key, deque(maxlen=_WINDOW))
         samples.append(seconds)
         if len(samples) >= KNOWN_FROM - _FIRST:
@@ -63,6 +66,7 @@ class StepCosts:
                 self._speed_up(found / before)
             self._estimates[key] = found
             self._is_fitted = False
+        return True
 
     def measure_again(self, num_tokens: int, depth: int) -> None:
         """Forgets the times of a kind of step, since load changes.
@@ -81,6 +85,12 @@ class StepCosts:
         for key in [key for key in self._estimates if key[0]]:
             self._estimates[key] *= share
             self._samples[key] = deque((share * s for s in self._samples[key]), maxlen=_WINDOW)
+
+    def mean(self, num_requests: int) -> float | None:
+        """Mean seconds of the last few steps without drafts of so many requests: what is lost is counted, not predicted. Where
+        there were none, as `estimate`."""
+        samples = self._samples.get((0, token_bucket(num_requests)))
+        return sum(samples) / len(samples) if samples else self.estimate(num_requests, 0)
 
     def estimate(self, num_tokens: int, depth: int) -> float | None:
         """Seconds of a step; None while nothing like it or smaller is known."""

@@ -9,6 +9,7 @@ Row b2 is sampled with the history output + d0 + d1: penalties and bad words cou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,7 +111,6 @@ class VerificationRows:
         self._step = step
         self._requests: list[_Verified] = []
         self._known_drafts: dict[int, int] | None = None
-        above: list[int] = []
         first = len(plan.decodes)
         for index, row in enumerate(plan.others, first):
             if not row.samples:
@@ -119,14 +119,33 @@ class VerificationRows:
             if count:
                 parents = step.parents(row)
                 self._requests.append(_Verified(index, first, row, parents, step.index[row.request.request_id]))
-                above += range(first, first + count) if parents is None else [first + 1 + parent for parent in parents]
             first += 1 + count
         assert first == at_R.shape[0], f"{at_R.shape[0]} rows of logits; the plan has {first}"
-        self._firsts: Ints = np.array([item.first for item in self._requests], dtype=np.int64)
-        self._counts: Ints = np.array([item.row.num_draft_tokens for item in self._requests], dtype=np.int64)
-        self.parents_R: Ints = np.full(first, -1, dtype=np.int64)
-        self.parents_R[_ranges(self._firsts + 1, self._counts)] = above
         self._device = at_R.device
+
+    @functools.cached_property
+    def _counts(self) -> Ints:
+        """[Q] drafts of each request."""
+        return np.array([item.row.num_draft_tokens for item in self._requests], dtype=np.int64)
+
+    @functools.cached_property
+    def _firsts(self) -> Ints:
+        """[Q] first row of each request."""
+        return np.array([item.first for item in self._requests], dtype=np.int64)
+
+    @functools.cached_property
+    def parents_R(self) -> Ints:
+        """[R] the row that each row's token was drafted behind, -1 for those of no draft."""
+        parents = np.full(self.at_R.shape[0], -1, dtype=np.int64)
+        above: list[int] = []
+        for item in self._requests:
+            first, count = item.first, item.row.num_draft_tokens
+            if item.parents is None:
+                above += range(first, first + count)
+            else:
+                above += [first + 1 + parent for parent in item.parents]
+        parents[_ranges(self._firsts + 1, self._counts)] = above
+        return parents
 
     # --- what rows see ------------------------------------------------------------------------------------------
 
@@ -246,14 +265,15 @@ class VerificationRows:
 
     def follow(self, tokens_R: torch.Tensor) -> torch.Tensor:
         """[Q] int64 the last accepted draft of each request with drafts, counted from 1, 0 for none; on the device."""
+        chains = all([item.parents is None for item in self._requests])
+        if chains and self._device.type == "cpu":  # where a few comparisons take a tenth of the time
+            at, tokens = self.at_R.tolist(), tokens_R.tolist()
+            counts = [_num_followed(at, tokens, item.first, item.row) for item in self._requests]
+            return torch.from_numpy(np.array(counts, dtype=np.int64))
         width = int(self._counts.max())
         inside = np.arange(width) < self._counts[:, None]
         rows = np.where(inside, self._firsts[:, None] + np.arange(1, width + 1), 0)
         above = np.where(inside, self.parents_R[rows], 0)
-        chains = all(item.parents is None for item in self._requests)
-        if chains and self._device.type == "cpu":  # where NumPy takes a tenth of the time
-            same = (self.at_R.numpy()[rows] == tokens_R.numpy()[above]) & inside
-            return torch.from_numpy(np.cumprod(same, axis=1, dtype=np.int64).sum(1))
         numbers = np.zeros_like(rows)
         if not chains:
             numbers = np.where(inside, above - self._firsts[:, None], 0)
@@ -293,6 +313,15 @@ class VerificationRows:
             path = (item.first, *(item.first + 1 + node for node in nodes))
             found.append(Outcome(item.index, path, tuple(nodes), max(self._step.depths(item.row))))
         return found
+
+
+def _num_followed(at: Sequence[int], tokens: Sequence[int], first: int, row: ScheduledRequest) -> int:
+    """Drafts of a chain that are the tokens of the rows before them. at, tokens: [R] at, and from, each row; first: its first."""
+    end = first + row.num_draft_tokens
+    here = first
+    while here < end and at[here + 1] == tokens[here]:
+        here += 1
+    return here - first
 
 
 def _ranges(firsts: Ints, counts: Ints) -> Ints:

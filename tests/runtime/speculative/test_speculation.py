@@ -85,7 +85,7 @@ def test_steps_are_planned_ahead_where_no_drafts_pay(token_s, rate):
         assert sink.output.token_ids == expected_tokens([5, 9, 3, index + 1], 400, engine.vocab_size)
     times = core.times
     if token_s:
-        assert times.ahead > 0.9 * times.steps and engine.seconds < 1.1 * 400 * (1 + 4 * token_s)
+        assert times.ahead > 0.9 * times.steps and engine.seconds < 1.15 * 400 * (1 + 4 * token_s)
     else:
         assert times.ahead < 0.2 * times.steps and engine.seconds < 250
 
