@@ -5,8 +5,8 @@
 
 1. Greedy outputs of `--prompts` held-out prompts in mixed batches, with each method, against plain decoding.
 2. Mean accepted length: held-out text, and code that repeats itself, at 4 drafted tokens, without adaptation.
-3. Tokens per second at batch 1, 4 and 16: plain and every method, in turns within each repeat; medians. --peer adds Transformers'
-   generate, plain and with the same draft model as its assistant, at batch 1.
+3. Tokens per second at batch 1, 4 and 16: plain and every method in turns, a batch of prompts at a time; medians. --peer adds
+   Transformers' generate, plain and with the same draft model as its assistant, at batch 1.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from camshaft.models import demo
@@ -130,43 +131,81 @@ def accepted_lengths(
     return found
 
 
+class Timed(NamedTuple):
+    """What a part of a run has taken."""
+
+    tokens: int
+    seconds: float
+    decoded: int
+    """Tokens behind the first of each request."""
+    decode_s: float
+    """From when all requests have their first token to the end of the last."""
+
+    def __add__(self, other: tuple[Any, ...]) -> Timed:
+        return Timed(*map(sum, zip(self, other)))
+
+
 def speeds(
-    engine: Any,
+    compiled: Callable[[str], Any],
     configs: dict[str, SpeculativeConfig | None],
     texts: dict[str, list[list[int]]],
     batches: list[int],
     repeats: int,
-    engines: Engines | None = None,
 ) -> list[dict[str, Any]]:
-    """Output tokens per second, methods in turns within each repeat, each after a first run of other prompts."""
+    """Output tokens per second, prompts included (`tok_s`) and of decoding alone (`decode_tok_s`), as medians of `repeats` runs.
+
+    Each method has an engine and an LLM of its own, `compiled` for its name, and one batch of prompts goes to all of them in turn
+    before the next: what else the machine does meanwhile meets all alike. Speed-ups are medians of those to plain decoding in the
+    same run.
+    """
     rows = []
-    for text, prompts in texts.items():
-        for batch in batches:
-            times: dict[str, list[float]] = {name: [] for name in configs}
-            for _ in range(repeats):
-                for name, config in configs.items():
-                    one = (engines or {}).get(name, engine)
-                    with LLM(one, speculative=config, kv_cache_bytes=1 << 28, enable_prefix_cache=False) as llm:
-                        _generate(llm, prompts[-batch:], batch)
-                        times[name].append(_generate(llm, prompts[: max(batch, 4)], batch))
-            plain = statistics.median(times["plain"])
-            for name, values in times.items():
-                median = statistics.median(values)
-                rows.append({"text": text, "batch": batch, "method": name, "tok_s": median, "speed_up": median / plain,
-                             "all": values})  # fmt: skip
-                print(
-                    f"{text:16} batch {batch:3}  {name:28} {median:8.1f} tokens/s  {median / plain:5.2f} x", flush=True
-                )
+    with ExitStack() as stack:
+        llms = {
+            name: stack.enter_context(
+                LLM(compiled(name), speculative=config, kv_cache_bytes=1 << 27, enable_prefix_cache=False)
+            )
+            for name, config in configs.items()
+        }
+        for text, prompts in texts.items():
+            for batch in batches:
+                runs: dict[str, list[Timed]] = {name: [] for name in llms}
+                for llm in llms.values():
+                    _generate(llm, prompts[-batch:])
+                for _ in range(repeats):
+                    parts: dict[str, list[Timed]] = {name: [] for name in llms}
+                    for begin in range(0, max(batch, 4), batch):
+                        for name, llm in llms.items():
+                            parts[name].append(_generate(llm, prompts[begin : begin + batch]))
+                    for name, timed in parts.items():
+                        runs[name].append(sum(timed, Timed(0, 0.0, 0, 0.0)))
+                rows += [_row(text, batch, name, runs[name], runs["plain"]) for name in llms]
+                for row in rows[-len(llms) :]:
+                    print(
+                        f"{text:16} batch {batch:3}  {row['method']:20} {row['tok_s']:8.1f} tokens/s  {row['speed_up']:5.2f} x"
+                        f"   decoding {row['decode_tok_s']:8.1f}  {row['decode_speed_up']:5.2f} x", flush=True,
+                    )  # fmt: skip
     return rows
 
 
-def _generate(llm: LLM, prompts: list[list[int]], batch: int) -> float:
+def _row(text: str, batch: int, name: str, runs: list[Timed], plain: list[Timed]) -> dict[str, Any]:
+    """Medians and all runs of one method."""
+    row: dict[str, Any] = {"text": text, "batch": batch, "method": name}
+    kinds = {"": lambda one: one.tokens / one.seconds, "decode_": lambda one: one.decoded / one.decode_s}
+    for kind, speed in kinds.items():
+        values = [speed(one) for one in runs]
+        ratios = [value / speed(base) for value, base in zip(values, plain)]
+        row[f"{kind}tok_s"], row[f"{kind}speed_up"] = statistics.median(values), statistics.median(ratios)
+        row[f"{kind}all"], row[f"{kind}speed_ups"] = values, ratios
+    return row
+
+
+def _generate(llm: LLM, prompts: list[list[int]]) -> Timed:
     params = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True, detokenize=False)
-    start, count = time.perf_counter(), 0
-    for begin in range(0, len(prompts), batch):
-        outputs = llm.generate(prompts[begin : begin + batch], params, progress=False)
-        count += sum(len(output.token_ids) for output in outputs)
-    return count / (time.perf_counter() - start)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, progress=False)
+    seconds, tokens = time.perf_counter() - start, sum(len(output.token_ids) for output in outputs)
+    decode_s = max(o.metrics.finished_s for o in outputs) - max(o.metrics.first_token_s for o in outputs)
+    return Timed(tokens, seconds, tokens - len(outputs), decode_s)
 
 
 def transformers_peer(prompts: list[list[int]]) -> dict[str, float]:
@@ -200,12 +239,18 @@ def main() -> None:
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--speeds-only", action="store_true", help="without the same tokens and the accepted lengths")
     parser.add_argument("--peer", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    engine = camshaft.compile("demo", target=args.target, **LIMITS)
+
+    def compiled(name: str) -> Any:
+        """An engine for a method: heads and EAGLE read hidden states."""
+        states = {"hidden_layers": (2, 5, 8, -1)} if name.startswith(("heads", "eagle")) else {}
+        return camshaft.compile("demo", target=args.target, **states, **LIMITS)
+
+    engine, hidden = compiled("plain"), compiled("eagle")
     draft = camshaft.compile(str(demo.draft_path()), target=args.target, **LIMITS)
-    hidden = camshaft.compile("demo", target=args.target, hidden_layers=(2, 5, 8, -1), **LIMITS)
     from camshaft.runtime import Tokenizer
 
     tokenizer = Tokenizer.from_dir(demo.path())
@@ -218,10 +263,11 @@ def main() -> None:
     timed: dict[str, SpeculativeConfig | None] = {
         "plain": None,
         "ngram, adaptive": SpeculativeConfig(method="ngram"),
-        "draft, adaptive": SpeculativeConfig(method="draft", model=draft),
+        "draft, adaptive": SpeculativeConfig(method="draft", model=str(demo.draft_path())),
         "eagle, adaptive": SpeculativeConfig(method="eagle", model=str(demo.eagle_path())),
-        **{f"{name}, 4 tokens": config for name, config in fixed.items()},
-        "ngram, 8 tokens": SpeculativeConfig(method="ngram", num_draft_tokens=8, adaptive=False),
+        **{f"{name}, 4 tokens": config for name, config in fixed.items() if name != "draft"},
+        "draft, 4 tokens": SpeculativeConfig(method="draft", model=str(demo.draft_path()), adaptive=False),
+        **{f"ngram, {n} tokens": SpeculativeConfig(method="ngram", num_draft_tokens=n, adaptive=False) for n in (6, 8)},
     }
     fixed = {name: config for name, config in fixed.items() if name in args.methods}
     timed = {name: config for name, config in timed.items() if name.split(",")[0] in ("plain", *args.methods)}
@@ -229,22 +275,24 @@ def main() -> None:
     longer = {f"eagle, {count} tokens": eagle(num_draft_tokens=count) for count in (6, 8)}
     longer[f"eagle, tree of {len(TREE)}"] = eagle(num_draft_tokens=5, tree=TREE)
     lengths = fixed | (longer if "eagle" in args.methods else {})
-    engines = {name: hidden for name in (*lengths, *timed) if name.startswith(("heads", "eagle"))}
+    engines = {name: hidden for name in lengths if name.startswith(("heads", "eagle"))}
     prompts = held_out(args.prompts, tokenizer, 100)
     document: dict[str, Any] = {
         "command": f"python bench/speculative.py --prompts {args.prompts} --repeats {args.repeats} --threads {args.threads}"
-        f" --target {args.target} --batches {' '.join(map(str, args.batches))}" + " --peer" * args.peer
+        f" --target {args.target} --batches {' '.join(map(str, args.batches))}"
+        + " --peer" * args.peer + " --speeds-only" * args.speeds_only
         + ("" if args.methods == METHODS else f" --methods {' '.join(args.methods)}"),
         "versions": {"camshaft": camshaft.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": platform.processor() or platform.machine(), "native_step": engine.native_step,
     }  # fmt: skip
-    document["agreement"] = agreement(engine, fixed, prompts, engines)
-    print(json.dumps(document["agreement"], indent=1), flush=True)
-    document["acceptance"] = accepted_lengths(engine, lengths, tokenizer, engines)
-    for name, entry in document["acceptance"].items():
-        print(f"{name:50} {entry['mean_accepted_length']:.2f}", flush=True)
+    if not args.speeds_only:
+        document["agreement"] = agreement(engine, fixed, prompts, engines)
+        print(json.dumps(document["agreement"], indent=1), flush=True)
+        document["acceptance"] = accepted_lengths(engine, lengths, tokenizer, engines)
+        for name, entry in document["acceptance"].items():
+            print(f"{name:50} {entry['mean_accepted_length']:.2f}", flush=True)
     texts = {"held-out text": held_out(16, tokenizer, 200, seed=2), "repetitive code": code(tokenizer) * 3}
-    document["speed"] = speeds(engine, timed, texts, args.batches, args.repeats, engines)
+    document["speed"] = speeds(compiled, timed, texts, args.batches, args.repeats)
     if args.peer:
         document["transformers"] = transformers_peer(texts["held-out text"])
         print(json.dumps({"transformers": document["transformers"]}), flush=True)

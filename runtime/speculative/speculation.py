@@ -203,8 +203,11 @@ class Speculation:
 
         Before the scheduler takes the tokens in: what a request that ends has computed may go to others, by the prefix cache.
         """
+        branched = [outcome for outcome in outcomes if outcome.nodes and outcome.nodes[-1] >= len(outcome.nodes)]
+        if not branched:
+            return
         moves = SlotMoves(self._runner.engine)
-        for outcome in outcomes:
+        for outcome in branched:
             row = plan.others[outcome.index - len(plan.decodes)]
             if not row.request.is_finished:
                 moves.add(row.request.block_ids, row.start + row.num_tokens - row.num_draft_tokens, outcome.nodes)
