@@ -1,6 +1,6 @@
 """What quantization costs with weights that were distilled for it: perplexity of the held-out text, against the model as it is.
 
-python bench/distill_quality.py --device cuda --variants nvfp4,int4:g64 --steps 1000 --out bench/results/h200-distilled.json
+python bench/distill_quality.py --variants nvfp4 --steps 1000 --batch-tokens 16384 --sampled-tokens 2097152 --out nvfp4.json
 
 A variant is a recipe's name or the text of a format ("int4:g64:zp/none"; "int4:g64": inputs as they are), with "+kv_fp8" for an
 fp8 KV cache, or "+kv_fp8c" for one whose keys lose their mean, which the build finds on the calibration text. Each is scored three
@@ -171,15 +171,19 @@ def main() -> None:
         if args.out is not None:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(f"{'variant':18} {'plain':>9} {'rounded':>9} {'':>8} {'distilled':>9} {'':>8} {'train s':>8}")
+    print(
+        f"{'variant':18} {'plain':>9} {'rounded':>9} {'':>8} {'distilled':>9} {'':>8} {'KL before':>10} {'after':>7} {'step':>5} "
+        f"{'train s':>8}"
+    )
     for result in results:
         if "error" in result:
             print(f"{result['variant']:18} {result['error']}")
             continue
-        found, increase = result["perplexity"], result["increase_percent"]
+        found, increase, kl = result["perplexity"], result["increase_percent"], result["divergence"]
         print(
             f"{result['variant']:18} {found['plain']:9.4f} {found['rounded']:9.4f} {increase['rounded']:+7.2f}% "
-            f"{found['distilled']:9.4f} {increase['distilled']:+7.2f}% {result['seconds']['train']:8.1f}"
+            f"{found['distilled']:9.4f} {increase['distilled']:+7.2f}% {kl['before']:10.4f} {kl['after']:7.4f} "
+            f"{result['best_step']:5d} {result['seconds']['train']:8.1f}"
         )
 
 

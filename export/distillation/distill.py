@@ -181,9 +181,7 @@ def _rows(
     if read is None:
         return split_rows(write_rows(hf, None, count, settings, told), settings)
     rows = split_rows(cut_rows(read(source), settings.context), settings)
-    if not count:
-        return rows
-    return Rows(torch.cat([rows.train, write_rows(hf, rows.train, count, settings, told)]), rows.validation)
+    return rows if not count else rows.joined(write_rows(hf, rows.train, count, settings, told), settings)
 
 
 @contextlib.contextmanager

@@ -36,9 +36,10 @@ class DistillationSettings:
     temperature: float = 1.0
     """Of what the teacher writes."""
     validation: float = 0.06
-    """Share of the text, its end, that is not learnt from; the weights with the least divergence on it are kept."""
+    """Share of the text, and of what the teacher writes, that is not learnt from; the weights with the least divergence on it are
+    kept."""
     validation_tokens: int = 16_384
-    """Of that, tokens that are looked at, at most."""
+    """Of that, tokens that are looked at, at most; the text's come first."""
     evaluations: int = 10
     """How often, at equal distances, the divergence on those is measured."""
     search_every: int = 4

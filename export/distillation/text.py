@@ -1,7 +1,7 @@
 """What a student learns from: rows of a text, rows that the teacher wrote itself, and the end of the text for validation.
 
     text            [r0 r1 r2 ... rn | v0 v1 ...]       rows of `context` tokens; the last share is never learnt from
-    the teacher's   [s0 s1 s2 ...]                      the beginnings of r's, continued (Liu et al. 2023, LLM-QAT, section 3.1)
+    the teacher's   [s0 s1 s2 ... sm | w0 w1 ...]       pieces of r's, continued (Liu et al. 2023, LLM-QAT, section 3.1)
 
 Without a text the teacher writes everything, from a random token on, as LLM-QAT has it, the rows for validation among them.
 """
@@ -43,6 +43,13 @@ class Rows:
                 order = torch.cat([order, torch.randperm(self.train.shape[0], generator=generator)])
             yield self.train[order[:batch_rows]]
             order = order[batch_rows:]
+
+    def joined(self, written: Tensor, settings: DistillationSettings) -> Rows:
+        """With rows that the teacher wrote [G, context]: their last share is for validation, as far as there is room."""
+        held = round(settings.validation * written.shape[0])
+        cut = written.shape[0] - held
+        most = max(1, settings.validation_tokens // settings.context)
+        return Rows(torch.cat([self.train, written[:cut]]), torch.cat([self.validation, written[cut:]])[:most])
 
 
 def cut_rows(sequences: Sequence[Sequence[int]], context: int) -> Tensor:

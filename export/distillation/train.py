@@ -136,7 +136,7 @@ def _update(
     loss = divergence(logits, wanted)
     total = loss + settings.features * feature_error(inputs, wanted_inputs) if inputs else loss
     total.backward()
-    torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)
+    torch.nn.utils.clip_grad_norm_(list(trained.values()), settings.clip)
     for group in optimizer.param_groups:
         group["lr"] = settings.learning_rate * settings.rate(step - 1)
     optimizer.step()

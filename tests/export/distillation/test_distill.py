@@ -56,7 +56,14 @@ def distilled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     """(the checkpoint, what was reported) for nvfp4 and an fp8 KV cache."""
     out = tmp_path_factory.mktemp("distilled") / "out"
     found = camshaft.distill(
-        directory, out, quantize="nvfp4", kv_cache_dtype="fp8", data=[TEXT], device="cpu", steps=32, **SMALL
+        directory,
+        out,
+        quantize="nvfp4",
+        kv_cache_dtype="fp8",
+        data=[TEXT],
+        device="cpu",
+        steps=32,
+        **{**SMALL, "sampled_tokens": 0},
     )
     return out, found
 
@@ -218,6 +225,9 @@ def test_batches_see_every_row_and_the_end_is_held_back() -> None:
     seen = torch.cat(list(rows.batches(3, 8, seed=0)))
     assert sorted(seen[:8, 0].tolist()) == list(range(0, 128, 16)) == sorted(seen[8:16, 0].tolist())
     assert torch.equal(seen, torch.cat(list(rows.batches(3, 8, seed=0))))
+    joined = rows.joined(torch.full((10, 16), 7), settings)
+    assert joined.train.shape == (16, 16) and joined.validation.shape == (4, 16)
+    assert joined.validation[2:].unique().tolist() == [7]
 
 
 def test_written_rows_begin_with_the_text() -> None:
