@@ -55,8 +55,10 @@ states [1, T, H] in the order of the build's `hidden_layers`."""
 
 
 _USES_BEFORE_CAPTURE = 8
-"""Decode steps of a size between two captured ones that run in the larger, before that size gets a graph of its own; likewise
-verifications. A capture takes as long as some hundred steps, and shapes come and go: as requests end, or draft lengths change."""
+"""Decode steps of a size between two captured ones that run in the larger, before that size gets a graph of its own."""
+_VERIFICATIONS_BEFORE_CAPTURE = 32
+"""Likewise, verifications that run in a larger one. A capture takes as long as some hundred steps, and shapes come and go: as
+requests end, draft lengths change, and lengths are tried."""
 
 
 class CaptureLimits(NamedTuple):
@@ -183,7 +185,8 @@ class StepGraphs:
         if not shape.decode and self._is_full(shape):
             return larger
         self._uses[shape] += 1
-        is_due = self._uses[shape] > (1 if larger is None else _USES_BEFORE_CAPTURE)
+        in_larger = _VERIFICATIONS_BEFORE_CAPTURE if shape.query_len else _USES_BEFORE_CAPTURE
+        is_due = self._uses[shape] > (1 if larger is None else in_larger)
         if is_due and shape not in self.failures and self._capture(shape):
             return shape
         return larger

@@ -7,6 +7,9 @@ The first steps of a kind are left out: kernels are compiled and graphs captured
 A kind of step that has not been measured costs at least what a smaller one does. Once three kinds with drafts are known, so are a
 step's cost, a token's and that of a draft's depth, by least squares; a little less than their sum is expected of the other kinds.
 That is hopeful, so what might pay is tried, and a few steps later it is known; what cannot pay is not tried.
+
+Load changes, and some times are unlucky. A kind that is not among many steps with drafts is expected to be faster little by little,
+until it is tried again; each time that its time is confirmed, that takes twice as many steps.
 """
 
 from __future__ import annotations
@@ -23,6 +26,10 @@ KNOWN_FROM = 4
 """Steps of a kind from which it counts as measured. One is not enough: a draft model may have had to catch up in it."""
 _FITTED_FROM = 3
 """Kinds with drafts from which others are predicted."""
+_LASTING, _LASTING_MOST = 16, 4096
+"""Steps with drafts after which a kind that is not among them is expected to be faster, at first and after many confirmations."""
+_FADED = 0.8
+"""By how much."""
 _HOPE = 0.95
 """Share of a prediction that is expected."""
 
@@ -45,6 +52,12 @@ class StepCosts:
         self._estimates: dict[tuple[int, int], float] = {}
         self._before: dict[tuple[int, int], float] = {}
         """Estimates of kinds that are measured again."""
+        self._num_drafting = 0
+        self._last: dict[tuple[int, int], int] = {}
+        """By kind: which of the steps with drafts was the last of it, or that at which its estimate faded."""
+        self._lasting: dict[tuple[int, int], int] = {}
+        self._faded: dict[tuple[int, int], float] = {}
+        """Estimates as they were measured, of kinds whose have faded since."""
         self._plane: tuple[float, float, float] | None = None
         self._is_fitted = True
         """Whether `_plane` is that of the estimates, those of steps that are measured again included."""
@@ -56,6 +69,11 @@ class StepCosts:
         """
         key = (depth, token_bucket(num_tokens))
         self._counts[key] += 1
+        if depth:
+            self._num_drafting += 1
+            self._last[key] = self._num_drafting
+            if self._num_drafting % _LASTING == 0:
+                self._fade()
         if self._counts[key] <= _FIRST:
             return False
         samples = self._samples.setdefault(key, deque(maxlen=_WINDOW))
@@ -64,9 +82,23 @@ class StepCosts:
             before, found = self._before.pop(key, None), sorted(samples)[len(samples) // 4]
             if before is not None and found < before:
                 self._speed_up(found / before)
+            measured = self._faded.pop(key, None)
+            if measured is not None:
+                confirmed = found > _FADED * measured
+                self._lasting[key] = min(2 * self._lasting.get(key, _LASTING), _LASTING_MOST) if confirmed else _LASTING
             self._estimates[key] = found
             self._is_fitted = False
         return True
+
+    def _fade(self) -> None:
+        """Kinds with drafts that have not come for long are expected to be faster."""
+        for key, seconds in self._estimates.items():
+            if key[0] and self._num_drafting - self._last[key] >= self._lasting.get(key, _LASTING):
+                self._faded.setdefault(key, seconds)
+                self._samples.pop(key, None)
+                self._estimates[key] = seconds * _FADED
+                self._last[key] = self._num_drafting
+                self._is_fitted = False
 
     def measure_again(self, num_tokens: int, depth: int) -> None:
         """Forgets the times of a kind of step, since load changes.
@@ -84,7 +116,8 @@ class StepCosts:
         """All kinds with drafts take that share of their time."""
         for key in [key for key in self._estimates if key[0]]:
             self._estimates[key] *= share
-            self._samples[key] = deque((share * s for s in self._samples[key]), maxlen=_WINDOW)
+            if key in self._samples:
+                self._samples[key] = deque((share * s for s in self._samples[key]), maxlen=_WINDOW)
 
     def mean(self, num_requests: int) -> float | None:
         """Mean seconds of the last few steps without drafts of so many requests: what is lost is counted, not predicted. Where

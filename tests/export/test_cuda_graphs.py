@@ -147,7 +147,10 @@ def test_sizes_between_captured_ones_run_in_the_larger_until_they_are_needed_oft
         assert sizes == [4] * 8 + [3] * (len(sizes) - 8) and len(sizes) > 12
 
 
-def test_verifications_run_in_larger_ones_until_they_are_needed_often(engine: Engine) -> None:
+def test_verifications_run_in_larger_ones_until_they_are_needed_often(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "_VERIFICATIONS_BEFORE_CAPTURE", 8)
     with LLM(engine):
         graphs = OnCpu.of(engine)
         large, small = StepShape(16, 4, 16, False, 8), StepShape(8, 2, 8, False, 8)

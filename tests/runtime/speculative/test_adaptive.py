@@ -18,6 +18,7 @@ def measured(step_time, num_draft_tokens=5, rate=0.8, most_tokens=512):
             if token_bucket(tokens) == tokens:
                 for _ in range(KNOWN_FROM):
                     lengths.costs.observe(tokens, depth, step_time(tokens, depth))
+                lengths.costs._num_drafting = 0  # they have all been measured just now
     for _ in range(100):
         lengths.count("other", 10, round(10 * rate))
     return lengths
@@ -148,7 +149,7 @@ class Device:
     def _capture_s(self, size):
         """A graph is captured when its shape comes a second time, or later where a larger one serves."""
         self._uses[size] += 1
-        is_due = self._uses[size] > (8 if max(self._captured, default=0) > size else 1)
+        is_due = self._uses[size] > (32 if max(self._captured, default=0) > size else 1)
         if size in self._captured or not is_due:
             return 0.0
         self._captured.add(size)
