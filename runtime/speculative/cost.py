@@ -9,7 +9,8 @@ step's cost, a token's and that of a draft's depth, by least squares; a little l
 That is hopeful, so what might pay is tried, and a few steps later it is known; what cannot pay is not tried.
 
 Load changes, and some times are unlucky. A kind that is not among many steps with drafts is expected to be faster little by little,
-until it is tried again; each time that its time is confirmed, that takes twice as many steps.
+until it is tried again; each time that its time is confirmed, that takes twice as many steps. And no step is taken to be slower than
+a larger and deeper one.
 """
 
 from __future__ import annotations
@@ -88,7 +89,15 @@ class StepCosts:
                 self._lasting[key] = min(2 * self._lasting.get(key, _LASTING), _LASTING_MOST) if confirmed else _LASTING
             self._estimates[key] = found
             self._is_fitted = False
+            if depth:
+                self._cap(key, found)
         return True
+
+    def _cap(self, key: tuple[int, int], seconds: float) -> None:
+        """Smaller steps with drafts take no longer than a larger one: what says so was measured at a bad moment."""
+        for smaller in [k for k, s in self._estimates.items() if s > seconds and 0 < k[0] <= key[0] and k[1] <= key[1]]:
+            self._estimates[smaller] = seconds
+            self._samples.pop(smaller, None)
 
     def _fade(self) -> None:
         """Kinds with drafts that have not come for long are expected to be faster."""

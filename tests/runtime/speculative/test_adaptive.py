@@ -93,6 +93,41 @@ def test_a_kind_that_became_faster_takes_the_others_along():
     assert costs.table() == {(0, 64): 2.0, (1, 128): 6.0, (2, 192): 11.0}
 
 
+def test_a_kind_that_has_not_come_for_long_is_tried_again():
+    costs = StepCosts()
+    for _ in range(KNOWN_FROM):
+        costs.observe(6, 5, 9.0)  # at a bad moment
+    for _ in range(KNOWN_FROM):
+        costs.observe(3, 2, 4.0)
+    assert costs.estimate(6, 5) == 9.0
+    before = costs.estimate(6, 5)
+    for _ in range(100):
+        costs.observe(3, 2, 4.0)
+    assert costs.estimate(6, 5) < 0.4 * before, "faded"
+    for _ in range(2):
+        costs.observe(6, 5, 6.0)
+    assert costs.estimate(6, 5) == 6.0
+    for _ in range(2):  # each time that it is confirmed, it lasts longer
+        lasted = 0
+        while costs.estimate(6, 5) == 6.0:
+            costs.observe(3, 2, 4.0)
+            lasted += 1
+        for _ in range(2):
+            costs.observe(6, 5, 6.0)
+    assert lasted > 16
+
+
+def test_no_step_is_slower_than_a_larger_one():
+    costs = StepCosts()
+    for tokens, depth, seconds in ((1, 0, 8.0), (3, 2, 7.0), (9, 4, 9.0), (5, 4, 5.0)):
+        for _ in range(KNOWN_FROM):
+            costs.observe(tokens, depth, seconds)
+    assert costs.table() == {(0, 1): 8.0, (2, 3): 5.0, (4, 9): 9.0, (4, 5): 5.0}
+    for _ in range(2):
+        costs.observe(3, 2, 4.0)
+    assert costs.estimate(3, 2) == 4.0
+
+
 def test_fitted_costs_never_fall_with_tokens_or_depth():
     assert fit_plane({(1, 8): 2.0, (2, 8): 1.9}) is None
     step, token, level = fit_plane({(1, 8): 2.0, (2, 8): 1.9, (1, 16): 1.8})

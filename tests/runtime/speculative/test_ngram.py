@@ -3,7 +3,12 @@
 import random
 
 import pytest
-from camshaft.runtime.speculative.ngram import repeat_draft
+from camshaft.runtime.logits import SamplingState
+from camshaft.runtime.request import Request
+from camshaft.runtime.sampling_params import SamplingParams
+from camshaft.runtime.speculative.config import SpeculativeConfig
+from camshaft.runtime.speculative.ngram import TRUST, NgramProposer, repeat_draft
+from camshaft.runtime.speculative.proposer import ProposerContext, Target
 from camshaft.runtime.speculative.suffix_automaton import SuffixAutomaton
 
 
@@ -41,3 +46,14 @@ def test_the_place_is_a_late_one():
 def test_drafts_repeat_periods():
     assert repeat_draft([5, 6, 7, 5, 6], 2, 4) == [7, 5, 6, 7]
     assert repeat_draft([4, 4, 4], 2, 3) == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("text", "num_repeated"), [([5, 6, 7, 8, 9, 4, 7], 1), ([5, 6, 7, 8, 9, 4, 6, 7], 2)])
+def test_drafts_are_trusted_as_far_as_the_text_repeats(text, num_repeated):
+    config = SpeculativeConfig(method="ngram", num_draft_tokens=8, ngram_min=1)
+    proposer = NgramProposer(ProposerContext(config=config, engine=None, draft_engine=None))
+    request = Request("r", text, SamplingParams())
+    state = SamplingState(request.params, text, (), 0)
+    drafts = proposer.propose([Target(request, state, 8), Target(request, state, 1)])
+    assert drafts.lengths == [TRUST * num_repeated, 1]
+    assert drafts.token_ids == [[8, 9, 4, text[6]][: TRUST * num_repeated], [8]]
