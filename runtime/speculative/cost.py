@@ -9,8 +9,8 @@ step's cost, a token's and that of a draft's depth, by least squares; a little l
 That is hopeful, so what might pay is tried, and a few steps later it is known; what cannot pay is not tried.
 
 Load changes, and some times are unlucky. A kind that is not among many steps with drafts is expected to be faster little by little,
-until it is tried again; each time that its time is confirmed, that takes twice as many steps. And no step is taken to be slower than
-a larger and deeper one.
+until it is tried again; each time that its time is confirmed, that takes twice as many steps. And no step is taken to be slower
+than a larger and deeper one.
 """
 
 from __future__ import annotations

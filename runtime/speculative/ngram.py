@@ -19,7 +19,6 @@ from ..request import Request
 from .proposer import Drafts, ProposerContext, Target, Verified
 from .suffix_automaton import SuffixAutomaton
 
-
 TRUST = 2
 """Most drafts for each token that is repeated."""
 
