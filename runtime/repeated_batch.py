@@ -24,8 +24,8 @@ from .plan import ScheduledRequest, StepPlan
 
 MOST_SEQUENCES = 16
 """Of a batch that is filled in again; from about there on whole arrays are quicker."""
-_MOST_TOKENS = 64
-"""Of a request in it: more come with prompts."""
+_MOST_TOKENS = 33
+"""Of a request in it: the last known one and 32 drafts. More come with prompts."""
 _MORE_BLOCKS = 8
 """Columns that block tables have more than they need at first."""
 
