@@ -13,33 +13,11 @@ from camshaft.export.distillation.settings import DistillationSettings
 from camshaft.export.distillation.text import cut_rows, split_rows, write_rows
 from camshaft.graph.linear_format import LinearFormat
 from camshaft.passes.quantization.recipe import Recipe
-from families import random_model
+from distillation_cases import SMALL, TEXT, tiny
 from runtime.small_tokenizers import byte_level, save
 
 import camshaft
 from camshaft.cli.app import run
-
-SMALL: dict[str, Any] = {
-    "context": 32, "batch_tokens": 128, "prompt_tokens": 8, "sampled_tokens": 512, "evaluations": 2, "learning_rate": 3e-4,
-    "validation": 0.2,
-}  # fmt: skip
-TEXT = "\f".join(
-    f"The {i}th row of this text is about number {i * i % 97}, and row {i + 1} follows.\n" for i in range(40)
-)
-
-
-def tiny() -> Any:
-    """A Llama whose distributions are not flat."""
-    import transformers
-
-    model = random_model(
-        transformers.LlamaConfig(
-            vocab_size=340, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
-        )
-    )  # fmt: skip
-    model.get_input_embeddings().weight.data.mul_(3)
-    return model
 
 
 @pytest.fixture(scope="module")
