@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...graph.program import Program
 from ...models.huggingface import ModelSource, open_model, trace_decoder
@@ -83,8 +85,7 @@ def distill(
     report = describe(program, plan)
     parameters = read_parameters(hf, program, device)
     timer.begin("writing text")
-    rows = _rows(hf.to(device, dtype), read, source, settings, progress)
-    hf.cpu()
+    rows = _rows(hf, read, source, settings, device, dtype, progress)
     timer.begin("distilling")
     teacher = ProgramModel(program, parameters.teacher, {}, device)
     student = ProgramModel(program, parameters.student, parameters.stored, device, plan)
@@ -169,19 +170,29 @@ def describe(program: Program, plan: Plan) -> tuple[str, ...]:
 
 
 def _rows(
-    hf: Any, read: ReadRows | None, source: ModelSource, settings: DistillationSettings, progress: Progress | None
+    hf: Any,
+    read: ReadRows | None,
+    source: ModelSource,
+    settings: DistillationSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
 ) -> Rows:
-    """Rows of the text, and those that the model writes."""
+    """Rows of the text, and those that a copy of the model writes, on the device and in the dtype."""
 
     def told(done: int, total: int) -> None:
         if progress is not None:
             progress("writing text", done, total)
 
     count = settings.sampled_tokens // settings.context
+
+    def written(prompts: Tensor | None) -> Tensor:
+        return write_rows(copy.deepcopy(hf).to(device, dtype), prompts, count, settings, told)
+
     if read is None:
-        return split_rows(write_rows(hf, None, count, settings, told), settings)
+        return split_rows(written(None), settings)
     rows = split_rows(cut_rows(read(source), settings.context), settings)
-    return rows if not count else rows.joined(write_rows(hf, rows.train, count, settings, told), settings)
+    return rows.joined(written(rows.train), settings) if count else rows
 
 
 @contextlib.contextmanager
