@@ -15,6 +15,7 @@ fails is recorded, and the others go on. `--budget-s` bounds the whole. Writes O
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -22,7 +23,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_STEPS_BEFORE_PROFILE = 30
+"""Of a run: its prompts, and the search for lengths."""
 PRECISIONS: dict[str, dict[str, Any]] = {"bf16": {}, "fp8": {"quantize": "fp8", "kv_cache_dtype": "fp8"}}
 
 
@@ -186,7 +189,7 @@ def measure(llm: Any, batch: int, length: int, repeats: int, warmups: int) -> di
 
     `tok_s` is that until the last request ends, `full_tok_s` that while none has ended.
 
-    warmups: runs that do not count, in which graphs are captured and costs are learnt.
+    warmups: runs that do not count, in which graphs are captured and costs are learnt; without repeats there is no result.
     """
     from camshaft import SamplingParams
 
@@ -208,6 +211,8 @@ def measure(llm: Any, batch: int, length: int, repeats: int, warmups: int) -> di
             accepted = sum(c.num_tokens for c in counts) / max(
                 1, sum(c.num_tokens - c.num_verified_tokens + c.num_verifications for c in counts)
             )
+    if not speeds:
+        return {}
     steps = times.steps - before.steps
     names = ("propose_s", "schedule_s", "launch_s", "wait_s", "deliver_s")
     parts = {name[:-2] + "_ms": 1e3 * (getattr(times, name) - getattr(before, name)) / steps for name in names}
@@ -216,6 +221,42 @@ def measure(llm: Any, batch: int, length: int, repeats: int, warmups: int) -> di
         "full_steps": full.steps, "tokens_per_step_of_a_request": accepted, "steps": steps,
         "step_ms": 1e3 * batch * (length - 1) / float(np.median(speeds)) / steps, "ahead": times.ahead - before.ahead, **parts,
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def opened(args: argparse.Namespace, engine: Any, config: Any) -> Iterator[Any]:
+    """An LLM that replays acceptance where it speculates, and counts its steps."""
+    from camshaft.runtime.bench.recording import RecordingEngine
+
+    from camshaft import LLM
+
+    options: dict[str, Any] = {"memory_fraction": args.memory_fraction, "enable_prefix_cache": False}
+    with LLM(RecordingEngine(engine), speculative=config, **options) as llm:
+        if config is not None:
+            replay_acceptance(llm, args.acceptance)
+        yield llm
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def profile(llm: Any, batch: int, length: int, steps: int) -> dict[str, Any]:
+    """What the device does in `steps` steps in the middle of one more run, those of a draft model between them included."""
+    from camshaft.runtime.bench.profile import StepProfiler
+
+    from camshaft import SamplingParams
+
+    recording = llm.engine
+    recording.clear()
+    recording.on_step = profiler = StepProfiler(_STEPS_BEFORE_PROFILE, steps, device=DEVICE)
+    params = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+    rng = random.Random(batch)
+    prompts = [[rng.randrange(3, recording.vocab_size) for _ in range(128)] for _ in range(batch)]
+    try:
+        llm.generate(prompts, params, progress=False)
+    finally:
+        recording.on_step = None
+    return profiler.result()
 
 
 def variants(args: argparse.Namespace, one_layer: Any) -> dict[str, Any]:
@@ -237,8 +278,6 @@ def variants(args: argparse.Namespace, one_layer: Any) -> dict[str, Any]:
 
 def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dict[str, Any]]:
     """All variants of one precision."""
-    from camshaft import LLM
-
     rows: list[dict[str, Any]] = []
     engine = compile_shape(args.layers, precision, args.target, max(args.batches))
     one_layer = None if args.skip_one_layer else compile_shape(1, precision, args.target, max(args.batches))
@@ -250,11 +289,7 @@ def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dic
             rows.append({"precision": precision, "variant": name, "error": "no time left"})
             continue
         try:
-            with LLM(
-                engine, memory_fraction=args.memory_fraction, speculative=config, enable_prefix_cache=False
-            ) as llm:
-                if config is not None:
-                    replay_acceptance(llm, args.acceptance)
+            with opened(args, engine, config) as llm:
                 for batch in args.batches:
                     row = {"precision": precision, "variant": name, "batch": batch}
                     row |= measure(llm, batch, args.length, args.repeats, args.warmups)
@@ -274,9 +309,15 @@ def speed(args: argparse.Namespace, precision: str, deadline: float) -> list[dic
         except Exception as error:
             rows.append({"precision": precision, "variant": name, "error": f"{type(error).__name__}: {error}"})
             traceback.print_exc()
-        gc.collect()
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
+    # a profiler may slow what comes after it
+    for name, config in variants(args, one_layer).items() if args.profile_steps else ():
+        measured = [row for row in rows if row["variant"] == name and "error" not in row]
+        if not measured or time.monotonic() > deadline:
+            continue
+        with opened(args, engine, config) as llm:
+            for row in measured:
+                measure(llm, row["batch"], args.length, 0, args.warmups)
+                row["profile"] = profile(llm, row["batch"], args.length, args.profile_steps)
     return rows
 
 
@@ -309,6 +350,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of each output")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmups", type=int, default=2)
+    parser.add_argument("--profile-steps", type=int, default=0, help="steps of a profile of each variant and batch")
     parser.add_argument("--variants", nargs="+", default=None, help="names; plain decoding is always measured")
     parser.add_argument("--layers", type=int, default=None, help="fewer than the shape's 32, for a trial")
     parser.add_argument("--memory-fraction", type=float, default=0.8)

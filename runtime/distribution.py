@@ -35,7 +35,7 @@ def fixed_point_weights(x_NV: torch.Tensor, max_N1: torch.Tensor, bits: int) -> 
 def greedy_tokens(logits_RV: torch.Tensor) -> torch.Tensor:
     """[R] int64: the most likely token of each row (the lowest id among equals), -1 where the maximum is not finite."""
     if logits_RV.device.type == "cpu":  # over a large vocabulary NumPy's argmax takes a quarter of the time
-        logits = logits_RV.numpy()
+        logits = logits_RV.float().numpy()  # which has no bfloat16
         best = logits.argmax(1)
         return torch.from_numpy(np.where(np.isfinite(logits[np.arange(len(best)), best]), best, -1))
     values, indices = logits_RV.max(-1)
