@@ -40,7 +40,7 @@ def distilled(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         kv_cache_dtype="fp8",
         data=[TEXT],
         device="cpu",
-        steps=32,
+        steps=20,
         **{**SMALL, "sampled_tokens": 0},
     )
     return out, found
@@ -53,7 +53,7 @@ def test_the_divergence_falls(distilled: tuple[Path, Any]) -> None:
     assert found.report[1] == "rounded: keys and values to float8_e4m3fn, keys as they are"
     assert any("it makes the logits" in line for line in found.report)
     facts = json.loads((out / "distillation.json").read_text())
-    assert facts["quantize"] == "nvfp4" and facts["settings"]["steps"] == 32
+    assert facts["quantize"] == "nvfp4" and facts["settings"]["steps"] == 20
     assert facts["outcome"]["divergence"] == found.divergence
 
 
