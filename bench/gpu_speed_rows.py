@@ -49,7 +49,7 @@ ROWS = (
     Row(name="fp8-128-2048", input_len=128, output_len=2048, requests=816),
     Row(name="fp8-load", input_len=512, output_len=128, requests=256, mode="load", repeat=1, optional=True),
     Row(name="fp8-2048-128", input_len=2048, output_len=128, requests=1536, tokens=8192, profile=20),
-    Row(name="bf16-128-128", input_len=128, output_len=128, requests=12288, profile=20),
+    Row(name="bf16-128-128", input_len=128, output_len=128, requests=12288, sequences=2048, tokens=8192, profile=20),
     Row(name="bf16-b1", input_len=128, output_len=256, requests=4, mode="latency", profile=20),
 )
 _WARMUP_TOKENS = 1536 * 128

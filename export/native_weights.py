@@ -65,7 +65,10 @@ class WeightStore:
                 self.copied_bytes += stored.numel() * stored.element_size()
             row_bytes, step = (4 * weight_NK.shape[1], 4) if packed is None else (2 * weight_NK.shape[1], self.panel)
             # the weight itself is kept so that its address stays its own
-            self._stored[key] = weight_NK, (stored, int(packed is not None), _per_chunk(row_bytes, weight_NK.shape[0], step))
+            self._stored[key] = (
+                weight_NK,
+                (stored, int(packed is not None), _per_chunk(row_bytes, weight_NK.shape[0], step)),
+            )
         return self._stored[key][1]
 
     def _pack(self, weight_NK: Tensor) -> Tensor | None:

@@ -25,7 +25,19 @@ LIMITS = [
     "--max-sequences",
     "8",
 ]
-COMMANDS = ("demo", "build", "calibrate", "distill", "export", "generate", "bench", "eval", "inspect", "bisect", "doctor")
+COMMANDS = (
+    "demo",
+    "build",
+    "calibrate",
+    "distill",
+    "export",
+    "generate",
+    "bench",
+    "eval",
+    "inspect",
+    "bisect",
+    "doctor",
+)
 
 
 @pytest.fixture(scope="module")

@@ -100,12 +100,13 @@ class StepCosts:
             self._samples.pop(smaller, None)
 
     def _fade(self) -> None:
-        """Kinds with drafts that have not come for long are expected to be faster."""
+        """Kinds with drafts that have not come for long are expected to be faster, down to a step without drafts."""
+        least = min((seconds for (depth, _), seconds in self._estimates.items() if not depth), default=0.0)
         for key, seconds in self._estimates.items():
             if key[0] and self._num_drafting - self._last[key] >= self._lasting.get(key, _LASTING):
                 self._faded.setdefault(key, seconds)
                 self._samples.pop(key, None)
-                self._estimates[key] = seconds * _FADED
+                self._estimates[key] = min(seconds, max(_FADED * seconds, least))
                 self._last[key] = self._num_drafting
                 self._is_fitted = False
 

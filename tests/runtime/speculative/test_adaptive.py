@@ -115,6 +115,11 @@ def test_a_kind_that_has_not_come_for_long_is_tried_again():
         for _ in range(2):
             costs.observe(6, 5, 6.0)
     assert lasted > 16
+    for _ in range(KNOWN_FROM):
+        costs.observe(1, 0, 3.0)
+    for _ in range(1000):
+        costs.observe(3, 2, 4.0)
+    assert costs.estimate(6, 5) == 3.0, "a step without drafts takes no longer"
 
 
 def test_no_step_is_slower_than_a_larger_one():
