@@ -51,7 +51,7 @@ def test_rows_are_cases_that_fit_the_engine(rows, table, tmp_path):
     assert rows.options_of("fp8") == (
         "--max-seq-len 2304 --max-sequences 1024 --max-batch-tokens 8192 --dtype bfloat16 --quantize fp8 --kv-cache-dtype fp8"
     )
-    assert rows.options_of("bf16") == "--max-seq-len 2304 --max-sequences 1024 --max-batch-tokens 2048 --dtype bfloat16"
+    assert rows.options_of("bf16") == "--max-seq-len 2304 --max-sequences 2048 --max-batch-tokens 8192 --dtype bfloat16"
 
 
 def test_the_environment_changes_rows(rows, monkeypatch):
