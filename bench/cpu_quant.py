@@ -1,7 +1,8 @@
 """Decode speed at batch 1 and memory of quantized engines on the CPU, beside float32 in the same run.
 
     python bench/cpu_quant.py --out bench/results/cpu-quant.json [--shapes demo,llama-3.2-1b] [--layers 16] [--threads 2]
-    python bench/cpu_quant.py --out bench/results/cpu-kv-int8.json --context 960 --variants "float32;KV int8;KV fp8"
+    python bench/cpu_quant.py --out bench/results/cpu-kv-int8-1b.json --shapes llama-3.2-1b --layers 4 --context 1000 --sequences 4
+        --tokens 16 --repeats 4 --variants "float32;KV int8;KV fp8"
 
 Every variant is compiled for ONNX Runtime, serves in a process of its own and is measured alone. Shapes are those of
 `camshaft.models.random_weights` (random weights; rounded to bfloat16 but for "not bfloat16", as most checkpoints are stored), and

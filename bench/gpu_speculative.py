@@ -231,13 +231,15 @@ def opened(args: argparse.Namespace, engine: Any, config: Any) -> Iterator[Any]:
     from camshaft import LLM
 
     options: dict[str, Any] = {"memory_fraction": args.memory_fraction, "enable_prefix_cache": False}
-    with LLM(RecordingEngine(engine), speculative=config, **options) as llm:
-        if config is not None:
-            replay_acceptance(llm, args.acceptance)
-        yield llm
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    try:
+        with LLM(RecordingEngine(engine), speculative=config, **options) as llm:
+            if config is not None:
+                replay_acceptance(llm, args.acceptance)
+            yield llm
+    finally:  # a variant that fails leaves the memory to the next one
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
 
 
 def profile(llm: Any, batch: int, length: int, steps: int) -> dict[str, Any]:

@@ -144,23 +144,20 @@ def calibration_reader(
     The demo model's own text is taken where a recipe or the KV cache needs data and none is given. Raises ValueError for an unknown
     recipe.
     """
-    from .export.quantization import is_calibrated, resolve_recipe
+    from .export.quantization import cache_dtype_of, is_calibrated, resolve_recipe
 
     if calibration is None:
         recipe = resolve_recipe(quantize)
-        asked = recipe.kv_cache if recipe is not None and kv_cache_dtype == "auto" else kv_cache_dtype
-        if model != "demo" or not is_calibrated(recipe, asked):
+        if model != "demo" or not is_calibrated(recipe, cache_dtype_of(recipe, kv_cache_dtype)):
             return None
         from .models import demo
 
-        calibration = demo.calibration_path().read_text(encoding="utf-8")
-    if isinstance(calibration, Path):
-        if calibration.suffix == ".safetensors":
-            from .export.calibrate import read_statistics
+        calibration = demo.calibration_path()
+    if isinstance(calibration, Path) and calibration.suffix == ".safetensors":
+        from .export.calibrate import read_statistics
 
-            return functools.partial(read_statistics, calibration)
-        calibration = calibration.read_text(encoding="utf-8")
-    given = [calibration] if isinstance(calibration, str) else calibration
+        return functools.partial(read_statistics, calibration)
+    given = _opened(calibration)
 
     def read(source: ModelSource) -> CalibrationData:
         return _token_rows(given, source)
@@ -248,7 +245,7 @@ def distill(
         dtype: of the computation; None: float32. The weights that are trained are float32 always, and are written in the
             checkpoint's own dtypes, whose rounding the training knows.
         progress: show a progress bar; None: where the output is a terminal.
-        settings: fields of `camshaft.export.distillation.settings.DistillationSettings`, such as steps=400, learning_rate=3e-4,
+        settings: fields of `camshaft.export.distillation.settings.DistillationSettings`, such as steps=400, learning_rate=1e-4,
             batch_tokens, context, sampled_tokens, seed.
 
     Returns:
@@ -268,8 +265,7 @@ def distill(
 
     if data is None and model == "demo":
         data = demo.calibration_path()
-    given: Any = data.read_text(encoding="utf-8") if isinstance(data, Path) else data
-    given = [given] if isinstance(given, str) else given
+    given = _opened(data)
 
     def read(source: ModelSource) -> list[Sequence[int]]:
         return _read_rows(given, source)
@@ -288,6 +284,12 @@ def distill(
             dtype=torch.float32 if dtype is None else resolve_dtype(dtype, place),
             progress=report,
         )
+
+
+def _opened(data: Any) -> Any:
+    """Texts or rows of token ids as they are; one text, or the file of one, as a list of it."""
+    text = data.read_text(encoding="utf-8") if isinstance(data, Path) else data
+    return [text] if isinstance(text, str) else text
 
 
 def _token_rows(given: Any, source: ModelSource) -> CalibrationData:

@@ -40,6 +40,7 @@ from .manifest import (
 )
 from .quantization import (
     ReadCalibration,
+    cache_dtype_of,
     kernel_support,
     quantizer_of,
     read_calibration,
@@ -272,9 +273,7 @@ def _config(request: BuildRequest, source: ModelSource, device: torch.device, dt
     if request.capabilities and request.target != "tensorrt":
         raise ValueError(f"capabilities are for target tensorrt, and the target is {request.target}; leave them out")
     recipe = resolve_recipe(request.quantize, request.group)
-    kv_cache_dtype = request.kv_cache_dtype
-    if kv_cache_dtype == "auto" and recipe is not None:
-        kv_cache_dtype = recipe.kv_cache
+    kv_cache_dtype = cache_dtype_of(recipe, request.kv_cache_dtype)
     _check_precision(request, recipe, kv_cache_dtype, device)
     check_layers(request.hidden_layers, None, source.name)
     return BuildConfig(

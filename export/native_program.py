@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from ..graph.serialize import decode_value, find_target
-from .kernels.cpu import CACHE_DTYPES
+from .kernels.cpu import ARGUMENTS, CACHE_DTYPES
 from .segment import AttentionStep, Plan, SegmentStep
 
 if TYPE_CHECKING:
     from .native_weights import WeightStore
 
 _INSTRUCTION = struct.Struct("@3q4q2q2d" + "P4q" * 5)  # instr_t in step_ops.c
-_ATTENTION = struct.Struct("@13P25q2d")  # args_t in cpu.c
 _ALIGN = 64
 _META = torch.device("meta")
 OPS = ("COPY", "UNARY", "BINARY", "BINARY_INT", "GATHER", "RMS_NORM", "LAYER_NORM", "MEAN", "ROPE", "GLU", "MATMUL",
@@ -154,7 +153,7 @@ class Program:
         q, k, v, out, k_cache, v_cache = (call[name] for name in ("q", "k", "v", "out", "k_cache", "v_cache"))
         extra = [0 if call[name] is None else call[name].data_ptr() for name in ("sinks", "slopes")]
         num_blocks, block_size, num_kv_heads, value_dim = v_cache.shape
-        return _ATTENTION.pack(
+        return ARGUMENTS.pack(
             *(self.address(tensor, arena) for tensor in (q, k, v)), k_cache.data_ptr(), v_cache.data_ptr(), 0, 0, 0, 0,
             *extra, 0, self.address(out, arena),
             *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], *k_cache.stride()[:3], *v_cache.stride()[:3], 0,

@@ -71,6 +71,11 @@ def uses_fp8(recipe: Recipe | None) -> bool:
     return any(f.weights in _FP8_WEIGHTS or f.activations in _FP8_ACTIVATIONS for f in formats)
 
 
+def cache_dtype_of(recipe: Recipe | None, kv_cache_dtype: str) -> str:
+    """What keys and values are asked to be stored as: where a build says "auto", what its recipe says."""
+    return recipe.kv_cache if recipe is not None and kv_cache_dtype == "auto" else kv_cache_dtype
+
+
 def is_calibrated(recipe: Recipe | None, kv_cache_dtype: str) -> bool:
     """Whether a build needs calibration data, for its linear layers or for the scales of an int8 KV cache."""
     return kv_cache_dtype == "int8" or recipe is not None and recipe.calibrated

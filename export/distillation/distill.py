@@ -23,7 +23,7 @@ from ...models.huggingface import ModelSource, open_model, trace_decoder
 from ...passes.manager import PassManager
 from ...passes.pipeline import canonicalize_passes, fuse_passes
 from ...passes.quantization.recipe import Recipe
-from ..quantization import recipe_data, recipe_text
+from ..quantization import cache_dtype_of, recipe_data, recipe_text
 from ..timer import Progress, Timer
 from .checkpoint import check_output, load_transformers, read_parameters, write_checkpoint
 from .settings import DistillationSettings
@@ -122,7 +122,7 @@ def distill(
 
 def cache_rounding(recipe: Recipe | None, kv_cache_dtype: str, center_keys: bool) -> CacheRounding | None:
     """How the student's keys and values are rounded. Raises ValueError for a cache that cannot be trained for."""
-    asked = recipe.kv_cache if recipe is not None and kv_cache_dtype == "auto" else kv_cache_dtype
+    asked = cache_dtype_of(recipe, kv_cache_dtype)
     if asked == "fp8":
         return CacheRounding(torch.float8_e4m3fn, center_keys)
     if asked == "int8":

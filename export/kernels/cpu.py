@@ -21,7 +21,8 @@ from .checks import check_arguments
 from .native import NativeBuildError, NativeLibrary, build_library, loaded_openmp_runtimes
 
 _SOURCE = Path(__file__).with_name("cpu.c")
-_LAYOUT = struct.Struct("@13P25q2d")  # args_t in cpu.c
+ARGUMENTS = struct.Struct("@13P25q2d")
+"""args_t in cpu.c."""
 CACHE_DTYPES = (torch.float32, torch.int8, torch.float8_e4m3fn)
 """What keys and values may be stored in, in the order of kv_cache.c."""
 
@@ -139,7 +140,7 @@ def paged_attention(
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, value_dim = v_cache.shape
     out = torch.empty((num_tokens, num_heads, value_dim), dtype=torch.float32)
-    packed = _LAYOUT.pack(
+    packed = ARGUMENTS.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
         slot_mapping.data_ptr(), block_tables.data_ptr(), query_start.data_ptr(), seq_lens.data_ptr(),
         0 if sinks is None else sinks.data_ptr(), 0 if alibi_slopes is None else alibi_slopes.data_ptr(),
