@@ -86,6 +86,7 @@ def test_the_rows_of_an_fp8_head_are_chosen_before_they_are_quantized(
     module: NormedHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize_fp8, "MIN_WEIGHTS", 0)
+    torch.manual_seed(0)
     program = captured(module, rows(32))
     recipe = Recipe.named("fp8_lm_head")
     for step in (Normalize(), MatchRmsNorm(), FuseAddNorm(), QuantizeLinear(recipe), FuseNormQuantize()):
@@ -98,5 +99,5 @@ def test_the_rows_of_an_fp8_head_are_chosen_before_they_are_quantized(
     quantizer = head.args[0].args[0]
     assert quantizer.args[0].target is aten.index_select.default
     actual = run_program(selected, {"x": x, "sample_rows": torch.tensor([7, 0])})
-    assert torch.equal(actual[0], expected[0][:, [7, 0]])
+    torch.testing.assert_close(actual[0], expected[0][:, [7, 0]], rtol=1e-5, atol=1e-6)  # products of another size
     assert all(torch.equal(a, b) for a, b in zip(actual[1:], expected[1:], strict=True))
