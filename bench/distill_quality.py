@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import logging
 import shlex
 import sys
 import tempfile
@@ -100,6 +101,7 @@ def measure(variant: str, args: argparse.Namespace, settings: dict[str, Any], pl
         },
         "divergence": {"before": found.divergence_before, "after": found.divergence},
         "best_step": found.best_step,
+        "captured": facts["outcome"]["captured"],
         "train_tokens": found.train_tokens,
         "seconds": {
             "distill": round(distill_s, 1), "train": round(found.seconds, 1),
@@ -143,6 +145,8 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict[str, 
 def main() -> None:
     """Command line."""
     args, settings = parse()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("camshaft.export.distillation").setLevel(logging.INFO)
     if args.keep is not None:
         args.keep.mkdir(parents=True, exist_ok=True)
     plain, _ = score("demo", args, {})

@@ -3,6 +3,8 @@
 e2m1 has a sign, two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. e8m0 is an exponent
 alone: byte b means 2^(b - 127), and 255 means NaN. Source: OCP Microscaling Formats (MX)
 Specification 1.0 (2023), sections 5.3 and 5.4.
+
+Numbers are filled in by masks: those that where() is given are copied from the host, which waits, and CUDA graphs cannot hold it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,6 @@ def quotient(x: Tensor, number: float) -> Tensor:
 def round_to_e2m1(x: Tensor) -> Tensor:
     """The e2m1 number next to each of x, ties to even, saturated at 6: any shape, float32 to float32; NaN stays NaN."""
     size = x.abs()
-    # not where() of two numbers, which comes from the host: CUDA graphs cannot hold that
     step = torch.full_like(size, 0.5).masked_fill_(size >= 2, 1.0).masked_fill_(size >= 4, 2.0)
     return (torch.round(size / step) * step).clamp(max=E2M1_MAX).copysign(x)
 
@@ -43,7 +44,7 @@ def e2m1_codes(x: Tensor) -> Tensor:
     """The four bits (uint8, 0 to 15, bit 3 the sign) of x rounded to e2m1."""
     rounded = round_to_e2m1(x)
     size = rounded.abs()
-    code = torch.where(size <= 2, 2 * size, torch.where(size < 6, size + 2, 7.0)).to(torch.uint8)
+    code = torch.where(size <= 2, 2 * size, (size + 2).clamp(max=7)).to(torch.uint8)
     return code | (torch.signbit(rounded).to(torch.uint8) << 3)
 
 
@@ -55,8 +56,8 @@ def pack_halves(codes: Tensor) -> Tensor:
 def decode_e8m0(scale: Tensor) -> Tensor:
     """uint8 exponents to the float32 powers of two that they mean; 255 to NaN."""
     exponent = scale.to(torch.int32)
-    bits = torch.where(exponent == 0, _HALF_SMALLEST_NORMAL, exponent << 23)
-    return torch.where(exponent == _E8M0_NAN, _FLOAT_NAN, bits).view(torch.float32)
+    bits = (exponent << 23).masked_fill_(exponent == 0, _HALF_SMALLEST_NORMAL)
+    return bits.masked_fill_(exponent == _E8M0_NAN, _FLOAT_NAN).view(torch.float32)
 
 
 def floor_e8m0(amax: Tensor, max_exponent: int) -> Tensor:
@@ -66,7 +67,7 @@ def floor_e8m0(amax: Tensor, max_exponent: int) -> Tensor:
     above the largest value is then cut off. NaN and infinity make 255.
     """
     exponent = (amax.view(torch.int32) >> 23) & _EXPONENT_BITS
-    return torch.where(amax.isfinite(), (exponent - max_exponent).clamp(0, 254), _E8M0_NAN).to(torch.uint8)
+    return (exponent - max_exponent).clamp(0, 254).masked_fill_(~amax.isfinite(), _E8M0_NAN).to(torch.uint8)
 
 
 def ceil_e8m0(amax: Tensor, largest: float) -> Tensor:
@@ -74,4 +75,4 @@ def ceil_e8m0(amax: Tensor, largest: float) -> Tensor:
     ratio = quotient(amax, largest)
     bits = ratio.view(torch.int32)
     exponent = ((bits >> 23) & _EXPONENT_BITS) + ((bits & _MANTISSA_BITS) != 0).to(torch.int32)
-    return torch.where(amax.isfinite(), exponent.clamp(0, 254), _E8M0_NAN).to(torch.uint8)
+    return exponent.clamp(0, 254).masked_fill_(~amax.isfinite(), _E8M0_NAN).to(torch.uint8)

@@ -6,6 +6,8 @@ What comes out is, to the last bit, what a build stores and what its operators r
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,26 +56,37 @@ def round_with_scales(weight_NK: Tensor, format: LinearFormat, given: QuantizedW
 class WeightRounding:
     """Rounds one layer's weight [N, K] in every step.
 
-    candidates: scales that are tried, as in `quantize_weight`. Scales are searched for when `search` was called; between searches
-    those of the last one stay, which saves most of the time and changes little.
+    candidates: scales that are tried, as in `quantize_weight`. Between searches the scales of the last one stay, which saves most
+    of the time and changes little. They stay in the same memory always: a captured step reads those of the last search.
     """
 
     def __init__(self, format: LinearFormat, candidates: int) -> None:
         self.format = format
         self.candidates = candidates
-        self._scales: QuantizedWeight | None = None
+        self._found: QuantizedWeight | None = None
 
-    def search(self) -> None:
-        """The next call searches for scales anew, and so rounds exactly as a build does."""
-        self._scales = None
+    @torch.no_grad()
+    def search(self, weight_NK: Tensor) -> None:
+        """Finds the scales that a build finds for this weight."""
+        found = quantize_weight(weight_NK, self.format, candidates=self.candidates)
+        if self._found is None:
+            self._found = replace(found, values=found.values.new_empty(0))
+            return
+        for kept, new in zip(_scales(self._found), _scales(found), strict=True):
+            kept.copy_(new)
 
     def __call__(self, weight_NK: Tensor) -> Tensor:
-        """float32 [N, K], with the gradient of weight_NK."""
+        """float32 [N, K], with the gradient of weight_NK; the first call searches."""
+        if self._found is None:
+            self.search(weight_NK)
+        assert self._found is not None
         with torch.no_grad():
-            if self._scales is None:
-                self._scales = quantize_weight(weight_NK, self.format, candidates=self.candidates)
-            rounded = round_with_scales(weight_NK, self.format, self._scales)
+            rounded = round_with_scales(weight_NK, self.format, self._found)
         return straight_through(weight_NK.float(), rounded)
+
+
+def _scales(weight: QuantizedWeight) -> list[Tensor]:
+    return [part for part in (weight.scale, weight.zero_point, weight.global_scale) if part is not None]
 
 
 def round_input(x: Tensor, format: LinearFormat) -> Tensor:
@@ -82,9 +95,23 @@ def round_input(x: Tensor, format: LinearFormat) -> Tensor:
     if format.activations == "none":
         return wide
     with torch.no_grad():
-        values, scale = quantize_activations(x, format)
-        rounded = values if scale is None else values * scale
+        rounded = _rounded_by_kernel(x, format)
+        if rounded is None:
+            values, scale = quantize_activations(x, format)
+            rounded = values if scale is None else values * scale
     return straight_through(wide, rounded)
+
+
+def _rounded_by_kernel(x: Tensor, format: LinearFormat) -> Tensor | None:
+    """The same to the last bit, by the engine's kernel for GPUs instead of some thirty of torch; None where there is none."""
+    if not x.is_cuda or importlib.util.find_spec("triton") is None:
+        return None
+    from ..kernels.quantized.activations import MAX_WIDTH, round_rows
+
+    if x.shape[-1] > MAX_WIDTH:
+        return None
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    return round_rows(rows, format.activations, None, torch.float32).scaled(torch.float32).view(x.shape)
 
 
 def round_cache(x: Tensor, dtype: torch.dtype) -> Tensor:

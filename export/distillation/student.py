@@ -92,10 +92,11 @@ class ProgramModel:
             if program.weights[key].recipe is None
         }
 
+    @torch.no_grad()
     def search_scales(self) -> None:
-        """Scales of all weights are searched for in the next run."""
-        for layer in self.plan.layers.values():
-            layer.search()
+        """Finds the scales of all rounded weights anew, as a build finds them."""
+        for node, layer in self.plan.layers.items():
+            layer.search(self._weight(self._weights[node.args[1].name]))
 
     def __call__(self, tokens_BT: Tensor, watched: Collection[fx.Node] = ()) -> tuple[Tensor, list[Tensor]]:
         """Runs rows of tokens [B, T], which do not see each other.

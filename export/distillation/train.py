@@ -14,16 +14,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from .captured import Captured
 from .settings import DistillationSettings
 from .student import ProgramModel
 from .text import Rows
+from .update import Update, divergence
 
 logger = logging.getLogger(__name__)
 
@@ -40,23 +41,10 @@ class Outcome:
     best_step: int
     """After which step those weights were; 0: training did not help."""
     seconds: float
+    captured: bool = False
+    """Whether steps were replayed from a CUDA graph."""
     history: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, mean training loss since the last entry, divergence on the validation rows)."""
-
-
-def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over the layers of the inputs' squared error, relative to their squares; float32 []."""
-    ratios = [
-        (x.float() - wanted.float()).square().sum() / wanted.float().square().sum().clamp(min=1e-12)
-        for x, wanted in zip(student, teacher, strict=True)
-    ]
-    return torch.stack(ratios).mean()
-
-
-def divergence(student_RV: Tensor, teacher_RV: Tensor) -> Tensor:
-    """Mean over R rows of KL(teacher || student), nats; logits of any float dtype."""
-    wanted = torch.log_softmax(teacher_RV.float(), -1)
-    return functional.kl_div(torch.log_softmax(student_RV.float(), -1), wanted, reduction="batchmean", log_target=True)
 
 
 def train(
@@ -73,22 +61,23 @@ def train(
     Raises RuntimeError, with the step, where the loss is NaN or infinite.
     """
     began = time.perf_counter()
-    optimizer = _optimizer(trained, settings)
+    update = Update(teacher, student, trained, settings, device)
+    search = Captured("the search for scales", student.search_scales, device, warmup=2)
     batch_rows = max(1, settings.batch_tokens // rows.train.shape[1])
-    watch = _Validation(teacher, student, rows.validation.to(device), batch_rows)
+    watch = _Validation(teacher, student, search, rows.validation.to(device), batch_rows)
     first = watch.measure()
     if not math.isfinite(first):
         raise RuntimeError(
             f"the divergence of the rounded model is {first} before training: a weight or the text's end is damaged"
         )
-    outcome = Outcome(first, first, 0, 0.0, [(0, first, first)])
+    outcome = Outcome(first, first, 0, 0.0, history=[(0, first, first)])
     best = _copy(trained)
     due = {round(settings.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     losses: list[Tensor] = []
     for step, batch in enumerate(rows.batches(batch_rows, settings.steps, settings.seed), start=1):
         if (step - 1) % settings.search_every == 0:
-            student.search_scales()
-        losses.append(_update(teacher, student, trained, optimizer, batch.to(device), settings, step))
+            search()
+        losses.append(update(batch.to(device), settings.rate(step - 1)))
         if len(losses) % 10 == 0 or step in due:
             mean = _finite_mean(losses, step)
             if progress is not None:
@@ -103,45 +92,8 @@ def train(
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
-    outcome.seconds = time.perf_counter() - began
+    outcome.captured, outcome.seconds = update.replays, time.perf_counter() - began
     return outcome
-
-
-def _optimizer(trained: Mapping[str, Tensor], settings: DistillationSettings) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in trained.values() if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained.values() if parameter.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.learning_rate, betas=(0.9, settings.beta2)
-    )
-
-
-def _update(
-    teacher: ProgramModel,
-    student: ProgramModel,
-    trained: Mapping[str, Tensor],
-    optimizer: torch.optim.AdamW,
-    batch: Tensor,
-    settings: DistillationSettings,
-    step: int,
-) -> Tensor:
-    """One step; returns its divergence, without waiting for the device."""
-    watched = student.plan.layers.keys() if settings.features else ()
-    with torch.no_grad():
-        wanted, wanted_inputs = teacher(batch, watched)
-    logits, inputs = student(batch, watched)
-    loss = divergence(logits, wanted)
-    total = loss + settings.features * feature_error(inputs, wanted_inputs) if inputs else loss
-    total.backward()
-    torch.nn.utils.clip_grad_norm_(list(trained.values()), settings.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * settings.rate(step - 1)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
 
 
 def _finite_mean(losses: list[Tensor], step: int) -> float:
@@ -166,13 +118,14 @@ class _Validation:
 
     teacher: ProgramModel
     student: ProgramModel
+    search: Callable[[], None]
     rows: Tensor
     batch_rows: int
 
     @torch.no_grad()
     def measure(self) -> float:
         """Nats per token."""
-        self.student.search_scales()
+        self.search()
         total = 0.0
         for batch in self.rows.split(self.batch_rows):
             total += float(divergence(self.student(batch)[0], self.teacher(batch)[0])) * batch.shape[0]

@@ -43,6 +43,16 @@ class Rounded:
     scale: Tensor | None = None
     group_scale: Tensor | None = None
 
+    def scaled(self, dtype: torch.dtype) -> Tensor:
+        """Values times their scales [T, K], rounded to `dtype`."""
+        values = self.values
+        if self.group_scale is not None:
+            spread = self.group_scale.repeat_interleave(BLOCKS["fp8_block"], 1)[:, : values.shape[1]]
+            values = (values * spread).to(dtype)
+        if self.scale is not None:
+            values = (values * self.scale[:, None]).to(dtype)
+        return values
+
 
 @triton.jit
 def _clamp(x, limit):
@@ -167,8 +177,8 @@ def round_rows(x: Tensor, kind: str, given: Tensor | None, dtype: torch.dtype) -
     """x [T, K] (contiguous) rounded to activations of `kind`, values stored in `dtype`.
 
     given: x_scale [] float32 of the static kinds, and of nvfp4 if it is not to be found for each token. dtype: what holds the
-    values, x's or that of 8 bits; nvfp4, mxfp4 and mxfp8 need 16. Raises ValueError for rows wider than 32,768 and static kinds
-    without a scale.
+    values, x's, that of 8 bits, or float32; nvfp4, mxfp4 and mxfp8 need 16. Raises ValueError for rows wider than 32,768 and
+    static kinds without a scale.
     """
     num_rows, k = x.shape
     _check(x, kind, given)

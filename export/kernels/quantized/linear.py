@@ -30,7 +30,7 @@ from .. import gemm
 from ..gemm_tiled import multiply_tiled
 from ..row_quantize import MAX_WIDTH
 from . import tables
-from .activations import BLOCKS, Rounded, quantize_planes, round_rows
+from .activations import BLOCKS, quantize_planes, round_rows
 from .block_fp8 import multiply_block_fp8
 from .dequantize import dequantize
 from .few_rows import FewRowsConfig, multiply_few_rows
@@ -90,14 +90,14 @@ def multiply(x: Tensor, weight: Stored, bias: Tensor | None, x_scale: Tensor | N
     rounded = round_rows(x, activations, x_scale, x.dtype)
     config = tables.choose(weight, x.shape[0]) if x.dtype in HALF else None
     if config is None:
-        return F.linear(_scaled(rounded, x.dtype), dequantize(weight, x.dtype), bias)
+        return F.linear(rounded.scaled(x.dtype), dequantize(weight, x.dtype), bias)
     if isinstance(config, FewRowsConfig):
         return multiply_few_rows(
             rounded.values, weight, bias, x.dtype, config, x_scale=rounded.scale, x_group_scale=rounded.group_scale
         )
     if rounded.group_scale is not None:
         if weight.group < BLOCKS["fp8_block"]:  # no sum of the weight's ends with a block of x
-            return multiply_weight_tile(_scaled(rounded, x.dtype), weight, bias, x.dtype, config)
+            return multiply_weight_tile(rounded.scaled(x.dtype), weight, bias, x.dtype, config)
         config = tables.fitted(config, weight, on_sums=True)
     return multiply_weight_tile(
         rounded.values, weight, bias, x.dtype, config, x_scale=rounded.scale, x_group_scale=rounded.group_scale
@@ -140,17 +140,6 @@ def _fp8_by_fp8(x: Tensor, weight: Stored, bias: Tensor | None, x_scale: Tensor 
     assert rounded.scale is not None
     by_row = weight.scale if weight.group == 0 else weight.scale.expand(weight.rows).contiguous()
     return gemm.scaled_linear(rounded.values, rounded.scale[:, None], weight.words.view(FP8), by_row, bias, x.dtype)
-
-
-def _scaled(rounded: Rounded, dtype: torch.dtype) -> Tensor:
-    """Values times their scales, rounded to `dtype`."""
-    values = rounded.values
-    if rounded.group_scale is not None:
-        spread = rounded.group_scale.repeat_interleave(BLOCKS["fp8_block"], 1)[:, : values.shape[1]]
-        values = (values * spread).to(dtype)
-    if rounded.scale is not None:
-        values = (values * rounded.scale[:, None]).to(dtype)
-    return values
 
 
 @functools.cache

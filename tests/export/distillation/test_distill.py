@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from camshaft.export.distillation import train as training
+from camshaft.export.distillation import update
 from camshaft.export.distillation.settings import DistillationSettings
 from camshaft.export.distillation.text import cut_rows, split_rows, write_rows
 from camshaft.graph.linear_format import LinearFormat
@@ -184,13 +184,13 @@ def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_names_its_step(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, calls = training.divergence, []
+    honest, calls = update.divergence, []
 
     def damaged(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         calls.append(student.requires_grad)
         return honest(student, teacher) * (float("nan") if sum(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(training, "divergence", damaged)
+    monkeypatch.setattr(update, "divergence", damaged)
     with pytest.raises(RuntimeError, match="loss is nan in step 3: lower the learning rate"):
         camshaft.distill(directory, tmp_path / "out", quantize="nvfp4", data=[TEXT], device="cpu", steps=6, **SMALL)
     assert not list(tmp_path.iterdir())

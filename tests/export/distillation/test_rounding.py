@@ -47,7 +47,7 @@ def test_scales_stay_until_they_are_searched_for() -> None:
     larger = 2 * weight()
     exact = dequantize_weight(quantize_weight(larger, format, candidates=8), format)
     assert not torch.equal(rounding(larger), exact)  # with the scales of the weight before
-    rounding.search()
+    rounding.search(larger)
     assert torch.equal(rounding(larger), exact)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from camshaft.export.distillation.checkpoint import read_parameters
 from camshaft.export.distillation.student import CacheRounding, ProgramModel, plan_student
-from camshaft.export.distillation.train import feature_error
+from camshaft.export.distillation.update import feature_error
 from camshaft.graph.linear_format import LinearFormat
 from camshaft.graph.numerics import run_program
 from camshaft.graph.program import Program
