@@ -3,7 +3,8 @@
 python bench/distill_quality.py --variants nvfp4 --steps 1000 --batch-tokens 16384 --sampled-tokens 2097152 --out nvfp4.json
 
 A variant is a recipe's name or the text of a format ("int4:g64:zp/none"; "int4:g64": inputs as they are), with "+kv_fp8" for an
-fp8 KV cache, or "+kv_fp8c" for one whose keys lose their mean, which the build finds on the calibration text. Each is scored three
+fp8 KV cache, or "+kv_fp8c" for one whose keys lose their mean, which the build finds on the calibration text, and with
+"+down_proj=nvfp4/fp8" for another format of the layers in whose names that is. Each is scored three
 times by the code of bench/perplexity.py: the model as it is ("plain"), its plain weights rounded ("rounded"), the distilled ones
 rounded ("distilled"). The students learn from the demo model's calibration text and from what the model writes, and are
 chosen by a part of that text; the held-out text is read for the scores alone. A variant that fails is recorded, and others go on.
@@ -15,12 +16,13 @@ import argparse
 import datetime
 import json
 import logging
+import re
 import shlex
 import sys
 import tempfile
 import time
 import traceback
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +42,24 @@ DEFAULT = ("nvfp4", "int4:g64", "int4:g64:zp", "int4", "int4:g128:zp", "w4a8", "
 
 def options_of(variant: str) -> dict[str, Any]:
     """The options of `camshaft.distill` for a variant. Raises ValueError for an unknown one."""
-    name, *caches = variant.split("+")
-    options: dict[str, Any] = {}
+    name, *more = variant.split("+")
+    recipe: Recipe | None = None
     if name in RECIPES:
-        options["quantize"] = name
+        recipe = RECIPES[name]
     elif name != "plain":
-        options["quantize"] = Recipe(format=LinearFormat.parse(name if "/" in name else f"{name}/none"))
-    for cache in caches:
-        if cache not in ("kv_fp8", "kv_fp8c"):
-            raise ValueError(f"variant {variant!r}: {cache!r} is unknown; known: kv_fp8, kv_fp8c")
-        options |= {"kv_cache_dtype": "fp8", "center_keys": cache == "kv_fp8c"}
+        recipe = Recipe(format=LinearFormat.parse(name if "/" in name else f"{name}/none"))
+    options: dict[str, Any] = {}
+    for part in more:
+        layers, _, format = part.partition("=")
+        if format and recipe is not None:
+            other = Recipe(format=LinearFormat.parse(format))
+            recipe = replace(recipe, overrides=(*recipe.overrides, (f"*{layers}*", other)))
+        elif part in ("kv_fp8", "kv_fp8c"):
+            options |= {"kv_cache_dtype": "fp8", "center_keys": part == "kv_fp8c"}
+        else:
+            raise ValueError(f"variant {variant!r}: {part!r} is unknown; known: kv_fp8, kv_fp8c, LAYERS=FORMAT")
+    if recipe is not None:
+        options["quantize"] = recipe
     return options
 
 
@@ -81,9 +91,7 @@ def measure(variant: str, args: argparse.Namespace, settings: dict[str, Any], pl
     options = options_of(variant)
     rounded, rounded_s = score("demo", args, options)
     with tempfile.TemporaryDirectory(prefix="camshaft-distilled-") as scratch:
-        output = (
-            Path(scratch) / "model" if args.keep is None else args.keep / variant.replace("/", "_").replace(":", "_")
-        )
+        output = Path(scratch) / "model" if args.keep is None else args.keep / re.sub(r"\W", "_", variant)
         start = time.perf_counter()
         found = camshaft.distill("demo", output, device=args.device, progress=args.progress, **options, **settings)
         distill_s = time.perf_counter() - start
