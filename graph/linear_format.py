@@ -28,7 +28,9 @@ from typing import Literal, get_args
 import torch
 
 WeightKind = Literal["fp8", "int8", "int4", "nvfp4", "mxfp4", "mxfp8"]
-Activations = Literal["none", "fp8", "fp8_static", "fp8_block", "int8", "int8_static", "nvfp4", "mxfp4", "mxfp8"]
+Activations = Literal[
+    "none", "fp8", "fp8_static", "fp8_block", "int8", "int8_static", "nvfp4", "nvfp4_search", "mxfp4", "mxfp8"
+]  # fmt: skip
 Part = Literal["values", "scale", "zero_point", "global_scale"]
 """The tensors of a stored weight, in the order in which the operator takes them."""
 
@@ -43,7 +45,7 @@ PACKED_KINDS = ("int4", "nvfp4", "mxfp4")
 """Kinds with two values in a byte."""
 STATIC_ACTIVATIONS = ("fp8_static", "int8_static")
 """Activations whose scale is a weight, found by calibration."""
-_ACTIVATION_BLOCKS = {"fp8_block": BLOCK, "nvfp4": 16, "mxfp4": 32, "mxfp8": 32}
+_ACTIVATION_BLOCKS = {"fp8_block": BLOCK, "nvfp4": 16, "nvfp4_search": 16, "mxfp4": 32, "mxfp8": 32}
 _TEXT = re.compile(r"(?P<weights>\w+)(?::(?P<group>g\d+|tensor|block128))?(?P<zp>:zp)?/(?P<activations>\w+)")
 
 

@@ -12,6 +12,8 @@ int8 without groups: exact integer sums), scaled, the bias is added, and the sum
     fp8_block     float8_e4m3fn; a scale for each 128 elements of a token
     nvfp4         e2m1 in blocks of 16: a float8_e4m3fn scale for each block and a global one, which is x_scale [] or, without
                   that, one for each token, max-abs / (6 * 448)
+    nvfp4_search  the same with the best of SEARCH_FACTORS for each block, which its scale is multiplied by (with two, 1 and 1.5:
+                  Cook et al. 2025, "Four Over Six"); a token's scale is max-abs / (6 * 280), so that they have room
     mxfp4, mxfp8  e2m1 or float8_e4m3fn in blocks of 32 with e8m0 scales
 """
 
@@ -27,6 +29,14 @@ from .registry import define
 from .small_floats import E2M1_MAX, E4M3_MAX, ceil_e8m0, decode_e8m0, floor_e8m0, quotient, round_to_e2m1
 
 _TINY = torch.finfo(torch.float32).tiny
+
+SEARCH_FACTORS = (1.0, 1.5, 0.95, 1.05, 0.9, 1.4, 1.6)
+"""Of scales that map a block's largest number to 6. Each next one is what lowers the squared error of normal, Laplace and gated
+numbers most; 1.5 maps the largest to 4, where steps are finer."""
+SEARCH_MAX = E4M3_MAX / max(SEARCH_FACTORS)
+"""The largest block's scale before its factor."""
+_ERROR_STEPS = 1024.0
+"""Steps from 0 to a block's largest number in which errors are counted: sums of integers are the same in any order."""
 
 
 def quantize_activations(
@@ -60,10 +70,11 @@ def _quantize_blocks(wide: Tensor, format: LinearFormat, x_scale: Tensor | None)
     """Activations with a scale for each block along K: (values that include the blocks' scales, the token's or tensor's scale)."""
     kind, dim = format.activations, wide.shape[-1]
     overall: Tensor | None = None
-    if kind == "nvfp4":
+    if kind in ("nvfp4", "nvfp4_search"):
         overall = x_scale
         if overall is None:
-            overall = quotient(wide.abs().amax(-1, keepdim=True), E2M1_MAX * E4M3_MAX).clamp(min=_TINY)
+            most = E2M1_MAX * (E4M3_MAX if kind == "nvfp4" else SEARCH_MAX)
+            overall = quotient(wide.abs().amax(-1, keepdim=True), most).clamp(min=_TINY)
         wide = wide / overall
     size = format.activation_block
     if dim % size and kind != "fp8_block":
@@ -71,8 +82,10 @@ def _quantize_blocks(wide: Tensor, format: LinearFormat, x_scale: Tensor | None)
     padded = torch.nn.functional.pad(wide, (0, -dim % size)) if dim % size else wide
     blocks = padded.unflatten(-1, (-1, size))
     amax = blocks.abs().amax(-1, keepdim=True)
+    if kind == "nvfp4_search":
+        return _search_blocks(blocks, amax).flatten(-2)[..., :dim], overall
     if kind == "nvfp4":
-        scale = quotient(amax, E2M1_MAX).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+        scale = _e4m3_scale(amax)
     elif kind == "fp8_block":
         scale = quotient(amax, E4M3_MAX)
     else:
@@ -83,6 +96,28 @@ def _quantize_blocks(wide: Tensor, format: LinearFormat, x_scale: Tensor | None)
     else:
         values = scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
     return (values * scale).flatten(-2)[..., :dim], overall
+
+
+def _e4m3_scale(amax: Tensor) -> Tensor:
+    """The e4m3 number that maps amax to 6, in float32."""
+    return quotient(amax, E2M1_MAX).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+
+
+def _search_blocks(blocks: Tensor, amax: Tensor) -> Tensor:
+    """Blocks [.., 16] (amax [.., 1]) as e2m1 times the one of the scales with the least squared error; the first of equals."""
+    per_step = torch.full_like(amax, _ERROR_STEPS) / amax.clamp(min=1e-6)
+    best = least = None
+    for factor in SEARCH_FACTORS:
+        scale = _e4m3_scale(amax * factor)
+        values = round_to_e2m1(blocks / scale.clamp(min=_TINY)) * scale
+        error = ((values - blocks).abs() * per_step).to(torch.int32).square().sum(-1, keepdim=True, dtype=torch.int32)
+        if best is None or least is None:
+            best, least = values, error
+            continue
+        best = torch.where(error < least, values, best)
+        least = torch.minimum(error, least)
+    assert best is not None
+    return best
 
 
 def quantized_linear(

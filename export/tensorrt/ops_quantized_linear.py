@@ -105,6 +105,8 @@ def _activations(b: Builder, x: Value, x_scale: Value | None, format: LinearForm
         raise UnsupportedError(f"{format} without the scale of its activations")
     if kind in ("int8", "int8_static", "fp8", "fp8_static", "fp8_block"):
         return _rounded(b, x, x_scale, format), None
+    if kind not in _BLOCK_FORMATS:
+        raise UnsupportedError(f"activations in {kind}; TensorRT takes a block's scale from its largest number")
     overall = None
     if kind == "nvfp4":  # the layer's own global scale has to be a constant
         overall = x_scale if x_scale is not None else _largest_over(b, x, E2M1_MAX * E4M3_MAX)

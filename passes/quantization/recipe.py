@@ -201,6 +201,7 @@ RECIPES: dict[str, Recipe] = {
     "int4_gptq": _gptq("int4:g32:zp/none"),
     "w4a8": _recipe("int4:g128/fp8"),
     "nvfp4": _recipe("nvfp4/nvfp4"),
+    "nvfp4_search": _recipe("nvfp4/nvfp4_search"),
     "nvfp4_gptq": _gptq("nvfp4/nvfp4"),
     "nvfp4_fp8_gptq": _gptq("nvfp4/fp8"),
     "nvfp4_weight_only": _recipe("nvfp4/none"),

@@ -39,7 +39,7 @@ KL_TOKENS = 2048
 """Tokens that the divergence of a whole model is measured on."""
 ACTIVATION_BITS: dict[Activations, float] = {
     "none": 16, "fp8": 8, "fp8_static": 8, "fp8_block": 8 + 32 / 128, "int8": 8, "int8_static": 8,
-    "nvfp4": 4 + 8 / 16, "mxfp4": 4 + 8 / 32, "mxfp8": 8 + 8 / 32,
+    "nvfp4": 4 + 8 / 16, "nvfp4_search": 4 + 8 / 16, "mxfp4": 4 + 8 / 32, "mxfp8": 8 + 8 / 32,
 }  # fmt: skip
 """Bits of a number of a layer's input with its share of a block's scale (a token's counts as free)."""
 

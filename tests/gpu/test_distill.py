@@ -80,7 +80,7 @@ def test_what_cannot_be_captured_runs_on(caplog: pytest.LogCaptureFixture) -> No
     assert not captured.replays and caplog.text.count("counting cannot be captured, and runs kernel by kernel") == 1
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8_block", "int8", "nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("kind", ["fp8", "fp8_block", "int8", "nvfp4", "nvfp4_search", "mxfp4", "mxfp8"])
 def test_inputs_are_rounded_by_the_kernel_as_defined(kind: str) -> None:
     format = LinearFormat(weights="fp8", activations=kind)  # type: ignore[arg-type]
     x = torch.randn(3, 37, 288, generator=torch.Generator().manual_seed(1)).cuda()

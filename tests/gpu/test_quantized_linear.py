@@ -40,7 +40,7 @@ WEIGHTS = (
 )  # fmt: skip
 ROUNDED = (
     "fp8/fp8", "fp8:tensor/fp8_static", "fp8:block128/fp8_block", "int8/int8", "int8/int8_static", "int4:g128/fp8",
-    "int4:g64:zp/fp8_static", "int4:g128/int8", "nvfp4/nvfp4", "mxfp4/mxfp4", "mxfp8/mxfp8", "int8/fp8_block",
+    "int4:g64:zp/fp8_static", "int4:g128/int8", "nvfp4/nvfp4", "nvfp4/nvfp4_search", "mxfp4/mxfp4", "mxfp8/mxfp8", "int8/fp8_block",
 )  # fmt: skip
 CONFIGS = (
     WeightTileConfig(block_n=32, block_k=128),
@@ -204,10 +204,12 @@ def test_every_format_by_the_tables(text: str) -> None:
         check(actual, wanted, 0.08 if is_loose(format) else 6e-3)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8_static", "nvfp4", "mxfp4", "fp8", "fp8_static", "fp8_block", "mxfp8"])
+@pytest.mark.parametrize(
+    "kind", ["int8", "int8_static", "nvfp4", "nvfp4_search", "mxfp4", "fp8", "fp8_static", "fp8_block", "mxfp8"]
+)
 def test_rounded_rows(kind: str) -> None:
     format = LinearFormat(weights="fp8", activations=kind)  # type: ignore[arg-type]
-    if INTERPRET and kind == "nvfp4":
+    if INTERPRET and kind.startswith("nvfp4"):
         pytest.skip("the interpreter does not round scales to e4m3")
     k = 352 if kind in ("int8", "fp8_block") else 320
     x = rows_of(6, k)

@@ -7,13 +7,14 @@ import torch
 from camshaft.graph import ops as _ops  # noqa: F401  registers the operator
 from camshaft.graph.linear_format import LinearFormat, part_shapes
 from camshaft.graph.quant_formats import dequantize_weight, quantize_weight
-from camshaft.graph.quantized_linear import quantize_activations
+from camshaft.graph.quantized_linear import SEARCH_FACTORS, quantize_activations
 from camshaft.graph.small_floats import (
     ceil_e8m0,
     decode_e8m0,
     e2m1_codes,
     floor_e8m0,
     pack_halves,
+    quotient,
     round_to_e2m1,
 )
 
@@ -22,7 +23,7 @@ ERRORS = {
     "int8/none": 0.008, "int8/int8": 0.008, "int8:g64/none": 0.0065, "int8:g64:zp/int8": 0.006, "int4:g128/none": 0.12,
     "int4:g64:zp/none": 0.1, "int4/int8_static": 0.13, "fp8/fp8": 0.028, "fp8:tensor/fp8_static": 0.028,
     "fp8:block128/fp8_block": 0.028, "fp8:g128/none": 0.027, "nvfp4/nvfp4": 0.1, "mxfp4/mxfp4": 0.12, "mxfp8/mxfp8": 0.028,
-    "int4:g128/fp8": 0.12,
+    "nvfp4/nvfp4_search": 0.1, "int4:g128/fp8": 0.12,
 }  # fmt: skip
 
 
@@ -94,7 +95,16 @@ def test_e8m0() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["fp8/fp8", "int8/int8", "fp8:block128/fp8_block", "nvfp4/nvfp4", "mxfp4/mxfp4", "mxfp8/mxfp8"]
+    "text",
+    [
+        "fp8/fp8",
+        "int8/int8",
+        "fp8:block128/fp8_block",
+        "nvfp4/nvfp4",
+        "nvfp4/nvfp4_search",
+        "mxfp4/mxfp4",
+        "mxfp8/mxfp8",
+    ],
 )
 def test_nan_and_zero_rows(text: str) -> None:
     format = LinearFormat.parse(text)
@@ -103,6 +113,22 @@ def test_nan_and_zero_rows(text: str) -> None:
     parts = quantize_weight(torch.zeros(16, 128), format)
     out = torch.ops.camshaft.quantized_linear(x, parts.values, parts.scale, None, parts.global_scale, None, None, text)
     assert out[0].eq(0).all() and out[2].eq(0).all() and out[1].isnan().all()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_searched_nvfp4_activations_lose_least(scale: float) -> None:
+    """Each block is e2m1 numbers times an e4m3 scale, loses no more than with the scale of its largest number, and less in all."""
+    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(2)) * scale
+    values, token = quantize_activations(x, LinearFormat.parse("nvfp4/nvfp4_search"))
+    assert token is not None and torch.equal(token, quotient(x.abs().amax(-1, keepdim=True), 6.0 * 280))
+    blocks, exact = values.unflatten(-1, (-1, 16)), (x / token).unflatten(-1, (-1, 16))
+    largest = exact.abs().amax(-1, keepdim=True)
+    scales = [quotient(largest * f, 6.0).to(torch.float8_e4m3fn).float() for f in SEARCH_FACTORS]
+    errors = torch.stack([(round_to_e2m1(exact / s) * s - exact).square().sum(-1) for s in scales])
+    found = (blocks - exact).square().sum(-1)
+    assert torch.stack([(round_to_e2m1(blocks / s) * s == blocks).all(-1) for s in scales]).any(0).all()
+    assert (found <= 1.05 * errors[0]).all()  # errors are counted in steps of 1/1024 of the largest number
+    assert found.sum() < 0.8 * errors[0].sum() and found.sum() < 1.01 * errors.amin(0).sum()
 
 
 @pytest.mark.parametrize(

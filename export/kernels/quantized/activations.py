@@ -3,7 +3,8 @@
     fp8, int8                a scale for each token: out values, scale [T]
     fp8_static, int8_static  the same with a given scale, which is also stored for each token
     fp8_block                a scale for each 128 values: out values, scales [T, ceil(K / 128)]
-    nvfp4, mxfp4, mxfp8      out values times their blocks' scales, which 16 bits hold exactly; nvfp4 with a scale for each token
+    nvfp4, nvfp4_search,     out values times their blocks' scales, which 16 bits hold exactly; nvfp4 with a scale for each token
+    mxfp4, mxfp8
 
 Values are numbers of 8 bits or fewer; they are stored in 8 bits, or in the dtype of x where the next kernel multiplies 16 bits.
 The numerics are those of `graph.quantized_linear.quantize_activations`, to the last bit. A row with a NaN gets NaN for its scale.
@@ -25,12 +26,13 @@ from torch import Tensor
 from ..gemm_skinny import on_device
 from ..row_quantize import MAX_WIDTH
 
-BLOCKS = {"fp8_block": 128, "nvfp4": 16, "mxfp4": 32, "mxfp8": 32}
+BLOCKS = {"fp8_block": 128, "nvfp4": 16, "nvfp4_search": 16, "mxfp4": 32, "mxfp8": 32}
 """Kinds of activations whose scales belong to so many values."""
 _TINY = tl.constexpr(1.1754943508222875e-38)
 _FP8_MAX = tl.constexpr(448.0)
 _INT8_MAX = tl.constexpr(127.0)
 _FP4_MAX = tl.constexpr(6.0)
+_SEARCH_MAX = tl.constexpr(280.0)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: added and subtracted, it rounds what is below 2^22 to the nearest integer, ties to even."""
 
@@ -128,6 +130,44 @@ def _fp4(x):
 
 
 @triton.jit
+def _fp4_scale(largest):
+    # the e4m3 number that maps `largest` to 6
+    return tl.minimum(tl.div_rn(largest, _FP4_MAX), _FP8_MAX).to(tl.float8e4nv).to(tl.float32)
+
+
+@triton.jit
+def _fp4_blocks(values, step):
+    # blocks [B, SIZE] rounded with their steps [B], times these
+    return _fp4(tl.div_rn(values, tl.maximum(step, _TINY, propagate_nan=tl.PropagateNan.ALL)[:, None])) * step[:, None]
+
+
+@triton.jit
+def _try_scale(values, largest, per_step, best, least, factor):
+    # what loses less: `best` with the errors `least`, or the blocks with another scale
+    rounded = _fp4_blocks(values, _fp4_scale(largest * factor))
+    count = (tl.abs(rounded - values) * per_step).to(tl.int32)
+    error = tl.sum(count * count, 1)
+    better = error < least
+    return tl.where(better[:, None], rounded, best), tl.where(better, error, least)
+
+
+@triton.jit
+def _searched_blocks(values, largest):
+    # `graph.quantized_linear.SEARCH_FACTORS`
+    per_step = tl.div_rn(1024.0, tl.maximum(largest, 1e-6))[:, None]
+    best = values
+    least = tl.full(largest.shape, 0x7FFFFFFF, tl.int32)
+    best, least = _try_scale(values, largest, per_step, best, least, 1.0)
+    best, least = _try_scale(values, largest, per_step, best, least, 1.5)
+    best, least = _try_scale(values, largest, per_step, best, least, 0.95)
+    best, least = _try_scale(values, largest, per_step, best, least, 1.05)
+    best, least = _try_scale(values, largest, per_step, best, least, 0.9)
+    best, least = _try_scale(values, largest, per_step, best, least, 1.4)
+    best, least = _try_scale(values, largest, per_step, best, least, 1.6)
+    return best
+
+
+@triton.jit
 def _power(exponent, finite):
     # 2^(exponent - 127) of exponents from 0 to 254; NaN where not finite
     bits = tl.where(exponent == 0, 0x00400000, exponent << 23)
@@ -141,9 +181,10 @@ def _block_kernel(x, out, scale, given, K: tl.constexpr, BLOCK: tl.constexpr, SI
     column = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     keep = column < K
     values = tl.load(x + row * K + column, mask=keep, other=0.0).to(tl.float32)
-    if KIND == "nvfp4":
+    if KIND == "nvfp4" or KIND == "nvfp4_search":
         if given is None:
-            overall = tl.div_rn(tl.max(tl.max(tl.abs(values), 1), 0), _FP4_MAX * _FP8_MAX)
+            most = _FP4_MAX * (_FP8_MAX if KIND == "nvfp4" else _SEARCH_MAX)
+            overall = tl.div_rn(tl.max(tl.max(tl.abs(values), 1), 0), most)
             overall = tl.maximum(overall, _TINY, propagate_nan=tl.PropagateNan.ALL)
         else:
             overall = tl.load(given)
@@ -151,8 +192,8 @@ def _block_kernel(x, out, scale, given, K: tl.constexpr, BLOCK: tl.constexpr, SI
         tl.store(scale + row, overall)
     largest = tl.max(tl.abs(values), 1)
     finite = largest < float("inf")
-    if KIND == "nvfp4":
-        step = tl.minimum(tl.div_rn(largest, _FP4_MAX), _FP8_MAX).to(tl.float8e4nv).to(tl.float32)
+    if KIND == "nvfp4" or KIND == "nvfp4_search":
+        step = _fp4_scale(largest)
     elif KIND == "mxfp4":
         bits = largest.to(tl.int32, bitcast=True)
         step = _power(tl.minimum(tl.maximum((bits >> 23) - 2, 0), 254), finite)
@@ -163,10 +204,12 @@ def _block_kernel(x, out, scale, given, K: tl.constexpr, BLOCK: tl.constexpr, SI
     else:
         step = tl.div_rn(largest, _FP8_MAX)
         tl.store(scale + row * tl.cdiv(K, SIZE) + block, step, mask=block * SIZE < K)
-    scaled = tl.div_rn(values, tl.maximum(step, _TINY, propagate_nan=tl.PropagateNan.ALL)[:, None])
-    if KIND == "nvfp4" or KIND == "mxfp4":
-        rounded = _fp4(scaled) * step[:, None]
+    if KIND == "nvfp4_search":
+        rounded = _searched_blocks(values, largest)
+    elif KIND == "nvfp4" or KIND == "mxfp4":
+        rounded = _fp4_blocks(values, step)
     else:
+        scaled = tl.div_rn(values, tl.maximum(step, _TINY, propagate_nan=tl.PropagateNan.ALL)[:, None])
         rounded = _clamp(scaled, _FP8_MAX).to(tl.float8e4nv).to(tl.float32)
         if KIND == "mxfp8":
             rounded = rounded * step[:, None]
@@ -176,9 +219,9 @@ def _block_kernel(x, out, scale, given, K: tl.constexpr, BLOCK: tl.constexpr, SI
 def round_rows(x: Tensor, kind: str, given: Tensor | None, dtype: torch.dtype) -> Rounded:
     """x [T, K] (contiguous) rounded to activations of `kind`, values stored in `dtype`.
 
-    given: x_scale [] float32 of the static kinds, and of nvfp4 if it is not to be found for each token. dtype: what holds the
-    values, x's, that of 8 bits, or float32; nvfp4, mxfp4 and mxfp8 need 16. Raises ValueError for rows wider than 32,768 and
-    static kinds without a scale.
+    given: x_scale [] float32 of the static kinds, and of nvfp4 (with search or without) if it is not to be found for each token.
+    dtype: what holds the values, x's, that of 8 bits, or float32; nvfp4, mxfp4 and mxfp8 need 16. Raises ValueError for rows wider
+    than 32,768 and static kinds without a scale.
     """
     num_rows, k = x.shape
     _check(x, kind, given)
@@ -197,7 +240,7 @@ def round_rows(x: Tensor, kind: str, given: Tensor | None, dtype: torch.dtype) -
                     x, out, scale, given, K=k, BLOCK=block, INTEGER=kind.startswith("int8"), num_warps=_warps(block)
                 )  # fmt: skip
             else:
-                given = given if kind == "nvfp4" else None
+                given = given if kind in ("nvfp4", "nvfp4_search") else None
                 _block_kernel[(num_rows,)](
                     x, out, scale, given, K=k, BLOCK=block, SIZE=size, KIND=kind, num_warps=_warps(block)
                 )

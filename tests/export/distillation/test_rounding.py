@@ -58,7 +58,7 @@ def test_a_bfloat16_weight_is_rounded_from_its_own_values() -> None:
     assert torch.equal(WeightRounding(format, 8)(short), stored)
 
 
-@pytest.mark.parametrize("kind", ["none", "fp8", "fp8_block", "int8", "nvfp4", "mxfp4", "mxfp8"])
+@pytest.mark.parametrize("kind", ["none", "fp8", "fp8_block", "int8", "nvfp4", "nvfp4_search", "mxfp4", "mxfp8"])
 def test_inputs_are_what_operators_round_to(kind: str) -> None:
     format = LinearFormat(weights="fp8", activations=kind)  # type: ignore[arg-type]
     leaf = weight().requires_grad_()
