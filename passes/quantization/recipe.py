@@ -191,7 +191,7 @@ RECIPES: dict[str, Recipe] = {
     "fp8_lm_head": _recipe("fp8/fp8", skip=(ROUTER,)),
     "fp8_static": _recipe("fp8:tensor/fp8_static"),
     "fp8_block": _recipe("fp8:block128/fp8_block"),
-    "fp8_gptq": _recipe("fp8/fp8", algorithm="gptq", act_order="static"),
+    "fp8_gptq": _recipe("fp8/fp8", algorithm="gptq", act_order="static", gptq_sweeps=4),
     "fp8_weight_only": _recipe("fp8/none"),
     "int8": _recipe("int8/int8"),
     "int8_smoothquant": _recipe("int8/int8", algorithm="smoothquant"),
