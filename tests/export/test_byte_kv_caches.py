@@ -66,8 +66,15 @@ def assert_same_tokens(got: list[CompletionOutput], expected: list[CompletionOut
     assert compared > 60  # of 120
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("target", "kv_cache_dtype"),
+    [
+        ("onnxruntime", "int8"),
+        pytest.param("onnxruntime", "fp8", marks=pytest.mark.long),
+        pytest.param("inductor", "int8", marks=pytest.mark.long),
+        pytest.param("inductor", "fp8", marks=pytest.mark.long),
+    ],
+)
 def test_greedy_tokens_are_those_of_the_reference(
     target: str, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

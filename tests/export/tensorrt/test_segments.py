@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MORE_FAMILIES, every_family, random_model, tiny_config
+from families import FAMILIES, MORE_FAMILIES, REPRESENTATIVE, every_family, random_model, tiny_config
 from tensorrt_interpreter import run_network
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from shared_traces import trace_decoder
 
 CPU = torch.device("cpu")
 EVERY = ["demo", *FAMILIES, *MORE_FAMILIES]
-CORE = ["demo", *FAMILIES, "phimoe", "deepseek_v3", "apertus", "deepseek_v2"]
+CORE = ("demo", *REPRESENTATIVE, "phi", "gemma3", "gptj", "apertus", "deepseek_v2")
 """What `make test` builds engines of; the others are left to `make test-long`."""
 
 COMPLEX = {"deepseek_v2"}
