@@ -96,16 +96,8 @@ def test_e8m0() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "fp8/fp8",
-        "int8/int8",
-        "fp8:block128/fp8_block",
-        "nvfp4/nvfp4",
-        "nvfp4/nvfp4_search",
-        "mxfp4/mxfp4",
-        "mxfp8/mxfp8",
-    ],
-)
+    ["fp8/fp8", "int8/int8", "fp8:block128/fp8_block", "nvfp4/nvfp4", "nvfp4/nvfp4_search", "mxfp4/mxfp4", "mxfp8/mxfp8"],
+)  # fmt: skip
 def test_nan_and_zero_rows(text: str) -> None:
     format = LinearFormat.parse(text)
     x = torch.zeros(3, 128)

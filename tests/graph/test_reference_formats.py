@@ -6,6 +6,7 @@ are left out, for which each has another smallest scale.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -144,8 +145,6 @@ CASES: dict[str, Callable[[Tensor], Pairs]] = {
         torchao_int8, modelopt_nvfp4,
     )
 }  # fmt: skip
-
-
 NEAR = {"compressed_nvfp4": 3e-5, "torchao_mxfp8": 1e-5, "torchao_int8": 5e-6}
 """Share of numbers that may fall to the other side of a middle, because a library multiplies by a reciprocal where we divide; of
 mxfp8, of a power of two: without Blackwell's instruction theirs takes a logarithm in float32, which calls 2^-13 (1 + 2^-23) one."""
@@ -162,7 +161,7 @@ def test_they_agree_to_the_last_bit(name: str) -> None:
     check(name, small_weight())
 
 
-def test_autoawq_reads_what_we_write(tmp_path: Path) -> None:
+def test_autoawq_reads_what_we_write() -> None:
     """Its own unpacking of the packing that tests of checkpoints are written in, which the reader is held to."""
     from stored_checkpoints import awq
 
@@ -186,21 +185,22 @@ FORMATS = (
 )  # fmt: skip
 
 
+@functools.cache
 def layer_of_1b() -> dict[str, Tensor]:
     """The projections of one layer of a random Llama-3.2-1B-shaped model, float32."""
     weights = RandomWeights.of("llama-3.2-1b", device="cpu")
     weights.config.num_hidden_layers = 1
-    map = weights.open(torch.float32).weights
-    return {name: map[name].load() for name in map if name.endswith("proj.weight")}
+    stored = weights.open(torch.float32).weights
+    return {name: weight.load() for name, weight in stored.items() if name.endswith("proj.weight")}
 
 
 @pytest.mark.long
-def test_a_layer_of_1b_shape_agrees_with_the_libraries() -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_of_1b_shape_agrees_with_the_libraries(name: str) -> None:
     layer = layer_of_1b()
     assert len(layer) == 7 and layer["model.layers.0.mlp.down_proj.weight"].shape == (2048, 8192)
-    for name in CASES:
-        for weight in layer.values():
-            check(name, weight)
+    for weight in layer.values():
+        check(name, weight)
 
 
 @pytest.mark.long

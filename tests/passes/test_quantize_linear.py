@@ -157,14 +157,8 @@ def test_nothing_to_quantize() -> None:
 NONE = KernelSupport(where="a test", missing=lambda format, shape: "no kernels at all", required=False)
 UNCALIBRATED = [name for name, recipe in RECIPES.items() if not recipe.calibrated]
 ERRORS = {
-    "int4": 0.5,
-    "w4a8": 0.5,
-    "nvfp4": 0.6,
-    "nvfp4_search": 0.6,
-    "nvfp4_weight_only": 0.4,
-    "mxfp4": 0.8,
-    "mxfp4_weight_only": 0.5,
-}
+    "int4": 0.5, "w4a8": 0.5, "nvfp4": 0.6, "nvfp4_search": 0.6, "nvfp4_weight_only": 0.4, "mxfp4": 0.8, "mxfp4_weight_only": 0.5,
+}  # fmt: skip
 """Largest difference of outputs around 1; others are within 0.2."""
 
 

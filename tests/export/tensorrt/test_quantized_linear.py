@@ -107,3 +107,8 @@ def test_four_bit_floats_do_not_build_for_a_gpu_without_them() -> None:
 def test_zero_points_are_refused(text: str) -> None:
     with pytest.raises(LoweringError, match="TensorRT's are symmetric"):
         build_segment(layer(text, torch.bfloat16)[0], {})
+
+
+def test_searched_scales_of_activations_are_refused() -> None:
+    with pytest.raises(LoweringError, match="TensorRT takes a block's scale from its largest number"):
+        build_segment(layer("nvfp4/nvfp4_search", torch.bfloat16)[0], {})
